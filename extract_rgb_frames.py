@@ -1,0 +1,144 @@
+#!/usr/bin/env python3
+"""Step 4: turn the clips into JPEG frames.
+
+Reads ROOT/videos/<clip>.mp4 and writes ROOT/rawframes/<clip>/img_%05d.jpg from img_00001.jpg on, as many as the clip's
+name says: 30 a second. A folder that is complete is skipped, an incomplete one is made again; it appears under its
+name only when it is whole. Clips that could not be used are in ROOT/reports/extract_rgb_frames.csv with the reason.
+
+    python3 extract_rgb_frames.py --avakinetics_root=$MMACTION2/data/ava_kinetics
+"""
+import argparse
+import contextlib
+import csv
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import imageio_ffmpeg
+from joblib import Parallel, delayed
+from tqdm import tqdm
+
+MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
+FPS = 30
+CLIP_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>\d{6})_(?P<end>\d{6})')
+# -q:v 2 is the best that ffmpeg's JPEG encoder gives unless told otherwise; JPEG means full range, BT.601 colours
+ENCODER = ['-vf', 'scale=out_range=full:out_color_matrix=bt601', '-c:v', 'mjpeg', '-pix_fmt', 'yuvj420p', '-q:v', '2']
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Step 4: turn the clips into JPEG frames.',
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
+                        help='folder of the data set that is made')
+    parser.add_argument('--num_workers', type=int, default=-1, metavar='N', help='parallel processes; -1: all CPUs')
+    parser.add_argument('--ffmpeg', default=imageio_ffmpeg.get_ffmpeg_exe(), metavar='PATH', help='ffmpeg program')
+    parser.add_argument('--overwrite', action='store_true', help='extract clips again that are complete already')
+    return parser.parse_args(argv)
+
+
+def frame_names(clip: str) -> set[str]:
+    """The names of all frames that a clip of this name has."""
+    name = CLIP_NAME.fullmatch(clip)
+    return {f'img_{index:05d}.jpg' for index in range(1, (int(name['end']) - int(name['start'])) * FPS + 1)}
+
+
+def extract_clip(clip: str, root: Path, ffmpeg: str, overwrite: bool) -> tuple[str, str, str]:
+    """Extract one clip's frames into their folder; return the clip, 'extracted', 'kept' or 'failed', and why it failed."""
+    video, frames, work = root / f'videos/{clip}.mp4', root / 'rawframes' / clip, root / '.extract_rgb_frames' / clip
+    expected = frame_names(clip)
+    if frames.is_dir() and not overwrite and expected <= set(os.listdir(frames)):
+        return clip, 'kept', ''
+    work.mkdir()
+    try:
+        # ffmpeg runs inside the folder, since a per cent sign in its path would be taken for a number's place
+        done = subprocess.run(
+            [ffmpeg, '-nostdin', '-v', 'error', '-protocol_whitelist', 'file', '-threads', '1', '-i', f'file:{video}',
+             '-map', '0:V:0', '-fps_mode', 'passthrough', *ENCODER, '-threads', '1', '-f', 'image2', 'img_%05d.jpg'],
+            capture_output=True, cwd=work, timeout=60 + len(expected))  # 100 times what a slow machine needs
+    except subprocess.TimeoutExpired:
+        return clip, 'failed', 'unreadable clip: ffmpeg hangs on it'
+    made = set(os.listdir(work))
+    if done.returncode and not made:
+        lines = done.stderr.decode(errors='replace').splitlines() or ['ffmpeg gives no reason']
+        return clip, 'failed', 'unreadable clip: ' + re.sub(r'^\[.*? @ 0x\w+\] ', '', lines[0]).replace(
+            f'file:{video}', '').strip(': ')
+    if made != expected:
+        return clip, 'failed', f'wrong number of frames: {len(made)} instead of {len(expected)}; cut it again with Step 3'
+    if frames.exists():
+        os.replace(frames, f'{work}.old')
+    os.replace(work, frames)
+    return clip, 'extracted', ''
+
+
+@contextlib.contextmanager
+def workspace(path: Path):
+    """A folder for unfinished files that belongs to this run alone, emptied before and removed after."""
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends, however
+        for leftover in path.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield path
+        shutil.rmtree(path)
+    except BlockingIOError:
+        sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
+    finally:
+        os.close(handle)
+
+
+def write_report(path: Path, header: list[str], rows: list[tuple]) -> None:
+    """Write a csv beside its final name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
+        csv.writer(file, lineterminator='\n').writerows([header, *rows])
+    os.replace(path.with_suffix('.part'), path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    root = args.avakinetics_root
+    if not (root / 'videos').is_dir():
+        sys.exit(f'error: {root / "videos"} not found; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
+    if not shutil.which(args.ffmpeg):
+        sys.exit(f'error: {args.ffmpeg} is not a program; leave --ffmpeg away to use the one of imageio-ffmpeg')
+    files = sorted(entry.name for entry in os.scandir(root / 'videos'))
+    clips = [name[:-4] for name in files if name.endswith('.mp4') and CLIP_NAME.fullmatch(name[:-4])]
+    if not clips:
+        sys.exit(f'error: {root / "videos"} holds no clip; do Step 3 (cut_kinetics.py) first')
+    rows = [(name, 'not a clip: no name like ID_000001_000005.mp4') for name in files if name[:-4] not in set(clips)]
+
+    (root / 'rawframes').mkdir(exist_ok=True)
+    counts = Counter()
+    with workspace(root / '.extract_rgb_frames'):
+        tasks = (delayed(extract_clip)(clip, root.absolute(), args.ffmpeg, args.overwrite) for clip in clips)
+        results = Parallel(n_jobs=args.num_workers if args.num_workers > 0 else -1,
+                           return_as='generator_unordered')(tasks)
+        for clip, outcome, reason in tqdm(results, total=len(clips), desc='extract', unit='clip', delay=1):
+            counts[outcome] += 1
+            if reason:
+                rows.append((clip, reason))
+    report = root / 'reports/extract_rgb_frames.csv'
+    write_report(report, ['clip', 'reason'], sorted(rows))
+
+    done = counts['extracted'] + counts['kept']
+    print(f'{done} of {len(clips)} clips in {root / "rawframes"} ({counts["extracted"]} extracted now, '
+          f'{counts["kept"]} there already)')
+    for reason, count in Counter(row[1].split(':')[0] for row in rows).most_common():
+        print(f'  {count} left out: {reason}')
+    print(f'  report: {report}')
+    if not done:
+        sys.exit('error: not one clip could be extracted; the report says why')
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except KeyboardInterrupt:
+        print('interrupted; the same command continues', file=sys.stderr)
+        sys.exit(130)

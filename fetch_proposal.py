@@ -1,0 +1,346 @@
+#!/usr/bin/env python3
+"""Step 6: detect the people on the annotated keyframes.
+
+Reads ROOT/kinetics_train.csv and ROOT/rawframes, runs a person detector of mmdetection on every annotated keyframe and
+on the seconds before and after it, and writes ROOT/kinetics_proposal.pkl: a dict with keys '<video_id>,<second:04d>'
+and values float64 (n, 5) of x1, y1, x2, y2, score, relative to the frame, score > 0.7. A frame without people has no
+key. Frames that could not be read are in ROOT/reports/fetch_proposal_train.csv. Run it again to continue after an
+interruption.
+
+    python3 fetch_proposal.py --avakinetics_root=$MMACTION2/data/ava_kinetics \\
+        --datalist=$MMACTION2/data/ava_kinetics/kinetics_train.csv \\
+        --picklepath=$MMACTION2/data/ava_kinetics/kinetics_proposal.pkl
+"""
+import argparse
+import csv
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
+CHECKPOINT = ('https://download.openmmlab.com/mmdetection/v2.0/cascade_rcnn/cascade_rcnn_x101_64x4d_fpn_1x_coco/'
+              'cascade_rcnn_x101_64x4d_fpn_1x_coco_20200515_075702-43ce6a30.pth')
+FPS = 30
+NEIGHBORS = 1  # seconds before and after each keyframe that get proposals too, as in MMAction2
+SCORE_THR = 0.7
+PERSON = 0  # COCO's class
+SHARD = 256  # frames between two saves
+CLIP_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>\d{6})_(?P<end>\d{6})')
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Step 6: detect the people on the annotated keyframes.',
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
+                        help='folder of the data set that is made')
+    parser.add_argument('--datalist', type=Path, metavar='CSV', default=argparse.SUPPRESS,
+                        help='annotations written by Step 5 (default: ROOT/kinetics_train.csv)')
+    parser.add_argument('--picklepath', type=Path, metavar='PKL', default=argparse.SUPPRESS,
+                        help='where the proposals go (default: ROOT/kinetics_proposal.pkl)')
+    parser.add_argument('--config', type=Path, metavar='PY', default=Path(__file__).with_name('X-101-64x4d-FPN.py'),
+                        help='mmdetection config of the detector')
+    parser.add_argument('--checkpoint', metavar='PTH', default=CHECKPOINT, help="file or URL of the detector's weights")
+    parser.add_argument('--num_gpus', type=int, metavar='N', default=argparse.SUPPRESS,
+                        help='GPUs to use, 0 for the CPU (default: all that are visible)')
+    parser.add_argument('--preview', type=Path, metavar='FILE', default=argparse.SUPPRESS,
+                        help='also draw keyframes with annotated boxes and proposals into this picture')
+    parser.add_argument('--overwrite', action='store_true', help='detect again although the proposals are there')
+    return parser.parse_args(argv)
+
+
+def read_datalist(path: Path) -> tuple[dict[tuple[str, int], list], list[tuple]]:
+    """(clip, second) -> its rows as (relative box x1 y1 x2 y2, action id), and report rows for unreadable lines."""
+    keyframes, problems = {}, []
+    with open(path, encoding='utf-8-sig', errors='replace') as file:
+        for number, line in enumerate(file, 1):
+            row = line.strip().split(',')
+            name = CLIP_NAME.fullmatch(row[0])
+            try:
+                second, box, action = int(row[1]), [float(value) for value in row[2:6]], int(row[6])
+                if not name or not int(name['start']) <= second < int(name['end']) or not np.isfinite(box).all():
+                    raise ValueError
+            except (ValueError, IndexError):
+                problems.append(('', '', f'malformed row: line {number} of {path.name}'))
+                continue
+            keyframes.setdefault((row[0], second), []).append((box, action))
+    return keyframes, problems
+
+
+def frame_path(clip: str, second: int) -> str:
+    """The frame of a second, relative to ROOT/rawframes."""
+    return f'{clip}/img_{(second - int(clip[-13:-7])) * FPS + 1:05d}.jpg'
+
+
+def plan_frames(keyframes: list[tuple[str, int]], neighbors: int) -> dict[str, str]:
+    """Proposal key -> frame, for every keyframe and its neighbours within the clip; keyframes come first."""
+    frames = {}
+    for distance in sorted(range(-neighbors, neighbors + 1), key=abs):
+        for clip, second in keyframes:
+            if int(clip[-13:-7]) <= second + distance < int(clip[-6:]):
+                frames.setdefault(f'{clip[:-14]},{second + distance:04d}', frame_path(clip, second + distance))
+    return dict(sorted(frames.items(), key=lambda item: item[1]))
+
+
+def local_checkpoint(source: str) -> Path:
+    """The file of a checkpoint; a URL is downloaded once into torch's cache, where mmengine keeps them too."""
+    if not re.match(r'https?://', source):
+        return Path(source)
+    import torch
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / source.rsplit('/', 1)[-1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = re.search(r'-([0-9a-f]{8,})\.', path.name)
+        try:
+            torch.hub.download_url_to_file(source, str(path), digest and digest[1])
+        except (OSError, RuntimeError) as error:
+            sys.exit(f'error: {source} cannot be downloaded ({error}); give a file with --checkpoint')
+    return path
+
+
+def load_config(path: Path):
+    """The detector's config; whatever is wrong with it ends the run with one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # mmengine 0.10.7 warns of its own use of pkg_resources
+        from mmengine.config import Config
+    try:
+        return Config.fromfile(path)
+    except Exception as error:  # a config is a program: it may raise anything
+        sys.exit(f'error: {path} is no mmdetection config: {type(error).__name__}: {error}'.replace('\n', ' '))
+
+
+def load_detector(config, checkpoint: Path, device: str):
+    """Build the config's model with the checkpoint's weights, ready to detect."""
+    import torch
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.model import revert_sync_batchnorm
+    register_all_modules()
+    try:
+        loaded = torch.load(checkpoint, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        sys.exit(f'error: {checkpoint} cannot be read as weights ({str(error).splitlines()[0]}); a training checkpoint '
+                 "is reduced to its weights by mmdetection's tools/model_converters/publish_model.py")
+    weights = loaded.get('state_dict', loaded) if isinstance(loaded, dict) else {}
+    weights = {re.sub(r'^module\.', '', name): value for name, value in weights.items() if torch.is_tensor(value)}
+    model = revert_sync_batchnorm(MODELS.build(config.model))
+    own = model.state_dict()
+    differing = [name for name in {**own, **weights} if not name.endswith('num_batches_tracked')
+                 and (name not in own or name not in weights or own[name].shape != weights[name].shape)]
+    if differing:
+        sys.exit(f'error: {checkpoint} does not fit the config: {len(differing)} of {len(own)} tensors differ, '
+                 f'first {", ".join(differing[:3])}; give the --config that it was trained with')
+    model.load_state_dict(weights, strict=False)  # strict but for num_batches_tracked, as just checked
+    model.cfg = config
+    return model.to(device).eval()
+
+
+def read_frame(path: Path) -> np.ndarray | str:
+    """A frame as BGR uint8 (H, W, 3), or the reason why it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return f'unreadable frame: {error.strerror}'
+    if not data.rstrip(b'\0').endswith(b'\xff\xd9'):  # OpenCV fills the rest of a truncated JPEG with grey
+        return 'unreadable frame: truncated or no JPEG'
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    return 'unreadable frame: broken JPEG' if image is None else image
+
+
+def detect_people(model, image: np.ndarray) -> np.ndarray:
+    """The people on a BGR frame: float64 (n, 5) of x1, y1, x2, y2 relative and clipped to [0, 1], and score."""
+    from mmdet.apis import inference_detector
+    found = inference_detector(model, image).pred_instances.cpu().numpy()
+    chosen = (found.labels == PERSON) & (found.scores > SCORE_THR)
+    height, width = image.shape[:2]
+    boxes = np.clip(found.bboxes[chosen].astype(np.float64) / [width, height, width, height], 0, 1)
+    return np.hstack([boxes, found.scores[chosen, None].astype(np.float64)])
+
+
+def detect_shard(model, root: Path, frames: dict[str, str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Proposals of the frames by key, and the reasons for the frames that cannot be read."""
+    proposals, problems = {}, {}
+    for key, frame in frames.items():
+        image = read_frame(root / 'rawframes' / frame)
+        if isinstance(image, str):
+            problems[key] = f'{image} {frame}'
+            continue
+        try:
+            people = detect_people(model, image)
+        except Exception as error:  # whatever an arbitrary model raises: out of memory, CUDA errors, wrong shapes
+            sys.exit(f'error: the detector failed on {frame}: {type(error).__name__}: {error}'.split('\n')[0]
+                     + '; what is done is saved, the same command continues')
+        if len(people):
+            proposals[key] = people
+    return proposals, problems
+
+
+class Pickler(pickle.Pickler):
+    """Writes arrays so that NumPy 1.21 to 2.x can read them: by public names, `numpy._core` is unknown to NumPy 1."""
+
+    def reducer_override(self, value):
+        if type(value) is np.ndarray:
+            return np.ndarray, (value.shape, value.dtype.str), value.__reduce__()[2]
+        return NotImplemented
+
+
+class Unpickler(pickle.Unpickler):
+    """Reads arrays and plain Python values only: a pickle that names anything else could run code."""
+
+    def find_class(self, module, name):
+        if (module, name) in (('numpy', 'ndarray'), ('numpy', 'dtype')):
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f'{module}.{name} is not allowed')
+
+
+def write_pickle(path: Path, value: object) -> None:
+    """Write a pickle beside its final name, then rename it."""
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=4).dump(value)
+    part = path.with_name(path.name + '.part')
+    part.write_bytes(buffer.getvalue())
+    os.replace(part, path)
+
+
+def read_shard(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    with open(path, 'rb') as file:
+        return Unpickler(file).load()
+
+
+def draw_preview(path: Path, root: Path, keyframes: dict[tuple[str, int], list], proposals: dict) -> None:
+    """Draw up to 12 keyframes, evenly chosen: annotated boxes in green with their actions, proposals in orange."""
+    green, orange, white, tile_width, tile_height = (80, 220, 80), (0, 140, 255), (255, 255, 255), 400, 300
+    chosen = [list(keyframes)[i] for i in np.unique(np.linspace(0, len(keyframes) - 1, min(12, len(keyframes))).astype(int))]
+    tiles = []
+    for clip, second in chosen:
+        tile = np.full((tile_height, tile_width, 3), 30, np.uint8)
+        image = read_frame(root / 'rawframes' / frame_path(clip, second))
+        if not isinstance(image, str):
+            scale = min(tile_width / image.shape[1], (tile_height - 24) / image.shape[0])
+            size = round(image.shape[1] * scale), round(image.shape[0] * scale)
+            tile[24:24 + size[1], :size[0]] = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+            for *box, score in proposals.get(f'{clip[:-14]},{second:04d}', ()):
+                x1, y1, x2, y2 = (np.array(box) * [*size, *size] + [0, 24, 0, 24]).round().astype(int).tolist()
+                cv2.rectangle(tile, (x1, y1), (x2, y2), orange, 2)
+                cv2.putText(tile, f'{score:.2f}', (x1 + 3, y2 - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.42, orange, 1, cv2.LINE_AA)
+            actions = {}
+            for box, action in keyframes[clip, second]:
+                actions.setdefault(tuple(box), []).append(str(action))
+            for box, names in actions.items():
+                x1, y1, x2, y2 = (np.array(box) * [*size, *size] + [0, 24, 0, 24]).round().astype(int).tolist()
+                cv2.rectangle(tile, (x1, y1), (x2, y2), green, 1)
+                cv2.putText(tile, ' '.join(names), (x1 + 3, y1 + 13), cv2.FONT_HERSHEY_SIMPLEX, 0.42, green, 1, cv2.LINE_AA)
+        cv2.putText(tile, f'{clip} at {second} s', (5, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.45, white, 1, cv2.LINE_AA)
+        tiles.append(tile)
+    columns = min(4, len(tiles))
+    tiles += [np.full_like(tiles[0], 30)] * (-len(tiles) % columns)
+    sheet = np.vstack([np.hstack(tiles[index:index + columns]) for index in range(0, len(tiles), columns)])
+    legend = np.full((30, sheet.shape[1], 3), 30, np.uint8)
+    cv2.putText(legend, 'annotated boxes, action ids', (5, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.5, green, 1, cv2.LINE_AA)
+    cv2.putText(legend, 'proposals, scores', (230, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.5, orange, 1, cv2.LINE_AA)
+    done, data = cv2.imencode(path.suffix or '.jpg', np.vstack([legend, sheet]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.tobytes())
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    root = args.avakinetics_root
+    datalist = getattr(args, 'datalist', root / 'kinetics_train.csv')
+    target = getattr(args, 'picklepath', root / 'kinetics_proposal.pkl')
+    preview = getattr(args, 'preview', None)
+    if not datalist.is_file():
+        sys.exit(f'error: {datalist} not found; do Step 5 (prepare_annotation.py) or set --datalist')
+    if not (root / 'rawframes').is_dir():
+        sys.exit(f'error: {root / "rawframes"} not found; do Step 4 (extract_rgb_frames.py) or set --avakinetics_root')
+    if not args.config.is_file():
+        sys.exit(f'error: {args.config} not found; set --config to an mmdetection config')
+    if preview and not cv2.haveImageWriter(preview.name):
+        sys.exit(f'error: {preview} is no picture name; let --preview end in .jpg or .png')
+    keyframes, problems = read_datalist(datalist)
+    if not keyframes:
+        sys.exit(f'error: {datalist} holds no annotated keyframe; is it the file that Step 5 (prepare_annotation.py) wrote?')
+    frames = plan_frames(list(keyframes), NEIGHBORS)
+    checkpoint = local_checkpoint(args.checkpoint)
+    if not checkpoint.is_file():
+        sys.exit(f'error: {checkpoint} not found; set --checkpoint to a file or URL')
+
+    config = load_config(args.config)
+    with open(checkpoint, 'rb') as file:
+        inputs = dict(
+            frames=hashlib.sha256(json.dumps(frames).encode()).hexdigest(),
+            config=hashlib.sha256(config.pretty_text.encode()).hexdigest(),
+            checkpoint=hashlib.file_digest(file, 'sha256').hexdigest(), score_thr=SCORE_THR, neighbors=NEIGHBORS)
+    identity = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
+    stamp = target.with_name(f'{target.name}.inputs.json')
+    if target.is_file() and stamp.is_file() and json.loads(stamp.read_text()) == inputs and not args.overwrite:
+        with open(target, 'rb') as file:
+            proposals = Unpickler(file).load()
+        print(f'{target} is there already, made from the same frames with the same detector; nothing to do')
+        if preview:
+            draw_preview(preview, root, keyframes, proposals)
+            print(f'  preview: {preview}')
+        return
+
+    shards = target.with_name(f'{target.name}.{identity}.shards')  # bound to all inputs: another detector has another
+    if args.overwrite:
+        shutil.rmtree(shards, ignore_errors=True)
+    shards.mkdir(parents=True, exist_ok=True)
+    import torch
+    gpus = min(getattr(args, 'num_gpus', torch.cuda.device_count()), torch.cuda.device_count())
+    model = None
+    proposals, unreadable, keys = {}, {}, list(frames)
+    with tqdm(total=len(keys), desc='detect', unit='frame', delay=1) as bar:
+        for index in range(0, len(keys), SHARD):
+            shard = shards / f'{index:08d}.pkl'
+            if not shard.is_file():
+                model = model or load_detector(config, checkpoint, 'cuda:0' if gpus > 0 else 'cpu')
+                write_pickle(shard, detect_shard(model, root, {key: frames[key] for key in keys[index:index + SHARD]}))
+            found, failed = read_shard(shard)
+            proposals.update(found)
+            unreadable.update(failed)
+            bar.update(min(SHARD, len(keys) - index))
+
+    report = root / 'reports/fetch_proposal_train.csv'
+    report.parent.mkdir(exist_ok=True)
+    rows = sorted((*key.rsplit(',', 1), reason) for key, reason in unreadable.items()) + problems
+    with open(report.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
+        csv.writer(file, lineterminator='\n').writerows([('video_id', 'timestamp', 'reason'), *rows])
+    os.replace(report.with_suffix('.part'), report)
+    if len(unreadable) == len(frames):
+        shutil.rmtree(shards)
+        sys.exit(f'error: not one frame could be read; {report} says why')
+    stamp.unlink(missing_ok=True)
+    write_pickle(target, proposals)
+    if not unreadable:  # else a second run tries those frames again
+        stamp.write_text(json.dumps(inputs, indent=1) + '\n')
+    shutil.rmtree(shards)
+
+    print(f'{sum(map(len, proposals.values()))} people on {len(proposals)} of {len(frames)} frames in {target}')
+    bare = sum(f'{clip[:-14]},{second:04d}' not in proposals for clip, second in keyframes)
+    print(f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes the whole frame there')
+    for reason, count in Counter(row[2].split(':')[0] for row in rows).most_common():
+        print(f'  {count} left out: {reason}')
+    print(f'  report: {report}')
+    if preview:
+        draw_preview(preview, root, keyframes, proposals)
+        print(f'  preview: {preview}')
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except KeyboardInterrupt:
+        print('interrupted; the same command continues', file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""Step 7a: merge the Kinetics part into AVA's annotations.
+
+Reads ROOT/kinetics_train.csv, ROOT/kinetics_proposal.pkl and ROOT/annotations, a copy of AVA's annotation folder, and
+puts the Kinetics rows before AVA's in annotations/ava_train_v2.2.csv and the proposals of both into
+annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl; where keys collide, AVA's stay. AVA's own two files are kept
+beside them as *.ava_only.csv and *.ava_only.pkl, and every merge starts from these: merging twice is merging once.
+
+    cp -r $MMACTION2/data/ava/annotations/ $MMACTION2/data/ava_kinetics/
+    python3 merge_annotations.py --avakinetics_root=$MMACTION2/data/ava_kinetics
+"""
+import argparse
+import csv
+import io
+import os
+import pickle
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+
+MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
+AVA_CSV = 'ava_train_v2.2.csv'
+AVA_PROPOSALS = 'ava_dense_proposals_train.FAIR.recall_93.9.pkl'
+VIDEO = re.compile(r'[A-Za-z0-9_-]{11}')
+CLIP = re.compile(r'[A-Za-z0-9_-]{11}_\d{6}_\d{6}')
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Step 7a: merge the Kinetics part into AVA's annotations.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
+                        help='folder of the data set that is made')
+    return parser.parse_args(argv)
+
+
+def read_rows(path: Path, name: re.Pattern, problems: list[tuple]) -> Iterator[tuple[str, str]]:
+    """(video or clip, line) for every row that MMAction2 can read and whose first column is such a name.
+
+    Rows are `name,second,x1,y1,x2,y2,action_id,entity_id`; what is wrong with the others is added to `problems`.
+    """
+    with open(path, encoding='utf-8-sig', errors='replace') as file:
+        for number, line in enumerate(file, 1):
+            row = line.strip().split(',')
+            if row == ['']:
+                continue
+            try:
+                int(row[1]), int(row[6]), int(row[7])
+                readable = name.fullmatch(row[0]) and np.isfinite([float(value) for value in row[2:6]]).all()
+            except (ValueError, IndexError):
+                readable = False
+            if readable:
+                yield row[0], line.strip()
+            else:
+                problems.append(('', '', f'malformed row: line {number} of {path.name}'))
+
+
+class Unpickler(pickle.Unpickler):
+    """Reads arrays and plain Python values only: a pickle that names anything else could run code."""
+
+    def find_class(self, module, name):
+        if (module, name) in (('numpy', 'ndarray'), ('numpy', 'dtype')):
+            return getattr(np, name)
+        if module in ('numpy.core.multiarray', 'numpy._core.multiarray') and name == '_reconstruct':
+            return lambda kind, shape, code: np.ndarray((0,), 'b')  # the state that follows fills it
+        if (module, name) == ('_codecs', 'encode'):  # how protocol 2 writes bytes
+            return lambda text, encoding: text.encode('latin1')
+        raise pickle.UnpicklingError(f'it names {module}.{name}')
+
+
+class Pickler(pickle.Pickler):
+    """Writes arrays so that NumPy 1.21 to 2.x can read them: by public names, `numpy._core` is unknown to NumPy 1."""
+
+    def reducer_override(self, value):
+        if type(value) is np.ndarray:
+            return np.ndarray, (value.shape, value.dtype.str), value.__reduce__()[2]
+        return NotImplemented
+
+
+def read_proposals(path: Path, problems: list[tuple]) -> dict[str, np.ndarray]:
+    """The proposals of a pickle, key '<video_id>,<second:04d>' -> (n, 5); malformed ones are added to `problems`."""
+    try:
+        with open(path, 'rb') as file:
+            loaded = Unpickler(file).load()
+    except (pickle.UnpicklingError, ValueError, TypeError, EOFError, IndexError, KeyError, AttributeError, MemoryError,
+            ImportError, OverflowError, RecursionError, UnicodeError) as error:
+        sys.exit(f'error: {path} is no pickle of proposals: {type(error).__name__}: {error}'.replace('\n', ' '))
+    if not isinstance(loaded, dict):
+        sys.exit(f'error: {path} is no pickle of proposals: it holds a {type(loaded).__name__}, not a dict')
+    proposals = {}
+    for key, boxes in loaded.items():
+        if (isinstance(key, str) and re.fullmatch(r'[A-Za-z0-9_-]{11},\d{4,}', key) and isinstance(boxes, np.ndarray)
+                and boxes.ndim == 2 and boxes.shape[1] in (4, 5) and boxes.dtype.kind == 'f' and len(boxes)
+                and np.isfinite(boxes).all()):
+            proposals[key] = boxes
+        else:
+            problems.append(('', '', f'malformed proposal: {str(key)[:40]!r} in {path.name}'))
+    return proposals
+
+
+def keep_original(path: Path) -> Path:
+    """AVA's own file beside the merged one, made at the first merge."""
+    original = path.with_suffix('.ava_only' + path.suffix)
+    if not original.exists():
+        part = original.with_name(original.name + '.part')
+        shutil.copy2(path, part)
+        os.replace(part, original)
+    return original
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    root = args.avakinetics_root
+    merged_csv, merged_pickle = root / 'annotations' / AVA_CSV, root / 'annotations' / AVA_PROPOSALS
+    copy_ava = f"copy AVA's annotation folder: cp -r {MMACTION2}/data/ava/annotations/ {root}/"
+    for path, hint in ((root / 'kinetics_train.csv', 'do Step 5 (prepare_annotation.py) or set --avakinetics_root'),
+                       (root / 'kinetics_proposal.pkl', 'do Step 6 (fetch_proposal.py) first'),
+                       (merged_csv, copy_ava), (merged_pickle, copy_ava)):
+        if not path.is_file():
+            sys.exit(f'error: {path} not found; {hint}')
+
+    problems = []
+    kinetics = list(read_rows(root / 'kinetics_train.csv', CLIP, problems))
+    own_csv, own_pickle = (path if not path.with_suffix('.ava_only' + path.suffix).exists()
+                           else path.with_suffix('.ava_only' + path.suffix) for path in (merged_csv, merged_pickle))
+    ava = list(read_rows(own_csv, re.compile(f'{VIDEO.pattern}|{CLIP.pattern}'), problems))
+    if any(CLIP.fullmatch(name) for name, _ in ava):
+        sys.exit(f'error: {own_csv} holds Kinetics rows already, merged by another program; {copy_ava}')
+    proposals = read_proposals(root / 'kinetics_proposal.pkl', problems)
+    ava_proposals = read_proposals(own_pickle, problems)
+    for path, rows in (root / 'kinetics_train.csv', kinetics), (own_csv, ava):
+        if not rows:
+            sys.exit(f'error: {path} holds no row of annotations; make it anew')
+    collisions = len(proposals.keys() & ava_proposals.keys())
+    proposals.update(ava_proposals)
+
+    # both are whole on the disk before either gets its name, and a run that ends in between is mended by the next
+    parts = [path.with_name(path.name + '.part') for path in (merged_csv, merged_pickle)]
+    parts[0].write_text(''.join(line + '\n' for _, line in kinetics + ava))
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=4).dump(proposals)
+    parts[1].write_bytes(buffer.getvalue())
+    for path in merged_csv, merged_pickle:
+        keep_original(path)
+    for part, path in zip(parts, (merged_csv, merged_pickle)):
+        os.replace(part, path)
+
+    report = root / 'reports/merge_annotations_train.csv'
+    report.parent.mkdir(exist_ok=True)
+    with open(report.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
+        csv.writer(file, lineterminator='\n').writerows([('video_id', 'timestamp', 'reason'), *problems])
+    os.replace(report.with_suffix('.part'), report)
+
+    keyframes = {(name[:11], int(line.split(',', 2)[1])) for name, line in kinetics + ava}
+    bare = sum(f'{video},{second:04d}' not in proposals for video, second in keyframes)
+    print(f'{len(kinetics) + len(ava)} rows in {merged_csv}: {len(kinetics)} of Kinetics, {len(ava)} of AVA')
+    print(f'{len(proposals)} frames with proposals in {merged_pickle}: {len(proposals) - len(ava_proposals)} of '
+          f"Kinetics, {len(ava_proposals)} of AVA{f' ({collisions} keys in both)' if collisions else ''}")
+    print(f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes the whole frame there')
+    if problems:
+        print(f'  {len(problems)} rows or proposals left out: malformed')
+    print(f'  report: {report}')
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except KeyboardInterrupt:
+        print('interrupted; the same command continues', file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Step 7b: link AVA's frames into the data set, and say whether the whole is ready for training.
+
+Makes ROOT/rawframes/<ava video id> an absolute symbolic link to AVA_ROOT/rawframes/<ava video id>. Right links are
+kept, broken and wrong ones are mended, a real folder of that name is left alone. Then every annotated clip of
+ROOT/annotations/ava_train_v2.2.csv is looked up in ROOT/rawframes; what lacks frames is in ROOT/reports/softlink_ava.csv.
+
+    python3 softlink_ava.py --avakinetics_root=$MMACTION2/data/ava_kinetics --ava_root=$MMACTION2/data/ava
+"""
+import argparse
+import csv
+import os
+import pickle
+import re
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
+FPS = 30
+AVA_START_S = 900  # AVA's frames begin at minute 15 of the movie
+CLIP_NAME = re.compile(r'[A-Za-z0-9_-]{11}_(?P<start>\d{6})_(?P<end>\d{6})')
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Step 7b: link AVA's frames into the data set, and check the whole.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
+                        help='folder of the data set that is made')
+    parser.add_argument('--ava_root', type=Path, default=MMACTION2 / 'data/ava', metavar='DIR',
+                        help="folder of the AVA data set; its frames are in rawframes/")
+    return parser.parse_args(argv)
+
+
+def link_folder(source: Path, link: Path) -> str:
+    """Make `link` point to the folder `source`; return 'linked', 'kept', 'mended' or 'folder', a real one left alone."""
+    if link.is_symlink():
+        if os.readlink(link) == str(source):
+            return 'kept'
+        outcome = 'mended'
+    elif link.exists():
+        return 'folder'
+    else:
+        outcome = 'linked'
+    part = link.with_name(f'.{link.name}.part')
+    part.unlink(missing_ok=True)
+    part.symlink_to(source)
+    os.replace(part, link)
+    return outcome
+
+
+def read_annotated(path: Path) -> dict[str, set[int]]:
+    """The annotated seconds of every clip and AVA video in the merged annotations."""
+    seconds = {}
+    with open(path) as file:
+        for line in file:
+            name, second, _ = line.split(',', 2)
+            seconds.setdefault(name, set()).add(int(second))
+    return seconds
+
+
+def missing_frames(folder: Path, seconds: set[int]) -> str | None:
+    """What a folder lacks: of a clip any frame that its name promises, of an AVA video any annotated keyframe."""
+    try:
+        present = set(os.listdir(folder))
+    except OSError as error:
+        return f'folder missing: {error.strerror}'
+    name = CLIP_NAME.fullmatch(folder.name)
+    wanted = (range(1, (int(name['end']) - int(name['start'])) * FPS + 1) if name
+              else [(second - AVA_START_S) * FPS + 1 for second in sorted(seconds)])
+    missing = [index for index in wanted if f'img_{index:05d}.jpg' not in present]
+    return f'frames missing: {len(missing)} of {len(wanted)}, first img_{missing[0]:05d}.jpg' if missing else None
+
+
+def count_proposals(path: Path) -> int:
+    """How many frames a merged pickle has proposals for, without making objects of what it names."""
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            return type('Ignored', (), {'__init__': lambda self, *args: None, '__setstate__': lambda self, state: None})
+
+    with open(path, 'rb') as file:
+        return len(Unpickler(file).load())
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    root, ava = args.avakinetics_root, args.ava_root.absolute() / 'rawframes'
+    if not ava.is_dir():
+        sys.exit(f'error: {ava} not found; extract the frames of AVA or set --ava_root')
+    if not (root / 'rawframes').is_dir():
+        sys.exit(f'error: {root / "rawframes"} not found; do Step 4 (extract_rgb_frames.py) or set --avakinetics_root')
+    videos = sorted(entry.name for entry in os.scandir(ava) if entry.is_dir())
+    if not videos:
+        sys.exit(f'error: {ava} holds no folder of frames; extract the frames of AVA or set --ava_root')
+    outcomes = {}
+    try:
+        for video in videos:
+            outcomes.setdefault(link_folder(ava / video, root / 'rawframes' / video), []).append(video)
+    except OSError as error:
+        sys.exit(f'error: no link can be made in {root / "rawframes"} ({error.strerror}); copy {ava} there instead')
+    words = dict(linked='linked now', kept='linked already', mended='broken or wrong links mended',
+                 folder='real folders left alone')
+    print(f'{len(videos)} AVA videos in {root / "rawframes"}: '
+          + ', '.join(f'{len(names)} {words[outcome]}' for outcome, names in sorted(outcomes.items())))
+
+    annotations = root / 'annotations/ava_train_v2.2.csv'
+    if not annotations.is_file():
+        sys.exit(f'error: {annotations} not found, so the data set cannot be checked; do Step 7 (merge_annotations.py)')
+    annotated, rows, clips = read_annotated(annotations), [], 0
+    for name, seconds in tqdm(annotated.items(), desc='check', unit='clip', delay=1):
+        problem = missing_frames(root / 'rawframes' / name, seconds)
+        clips += bool(CLIP_NAME.fullmatch(name))
+        if problem:
+            rows.append((name, problem))
+    report = root / 'reports/softlink_ava.csv'
+    report.parent.mkdir(exist_ok=True)
+    with open(report.with_suffix('.part'), 'w', newline='') as file:
+        csv.writer(file, lineterminator='\n').writerows([('clip', 'reason'), *sorted(rows)])
+    os.replace(report.with_suffix('.part'), report)
+
+    with open(annotations) as file:
+        total = sum(1 for _ in file)
+    proposals = root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl'
+    print(f'AVA-Kinetics in {root}: {clips} Kinetics clips and {len(annotated) - clips} AVA videos annotated, '
+          f'{total} rows, {count_proposals(proposals) if proposals.is_file() else "no"} frames with proposals')
+    if rows:
+        print(f'  {len(rows)} of {len(annotated)} lack frames, so training would stop at them; report: {report}')
+        sys.exit(f'error: the data set is not complete; {rows[0][0]}: {rows[0][1]}')
+    print(f'  all {len(annotated)} have their frames: ready for training')
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except KeyboardInterrupt:
+        print('interrupted; the same command continues', file=sys.stderr)
+        sys.exit(130)
