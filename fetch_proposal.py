@@ -111,9 +111,8 @@ def local_checkpoint(source: str) -> Path:
 
 def load_config(path: Path):
     """The detector's config; whatever is wrong with it ends the run with one line."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # mmengine 0.10.7 warns of its own use of pkg_resources
-        from mmengine.config import Config
+    warnings.filterwarnings('ignore', message='pkg_resources')  # mmengine 0.10.7 and mmdet 3.3.0 still import it
+    from mmengine.config import Config
     try:
         return Config.fromfile(path)
     except Exception as error:  # a config is a program: it may raise anything
@@ -130,11 +129,14 @@ def load_detector(config, checkpoint: Path, device: str):
     try:
         loaded = torch.load(checkpoint, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        sys.exit(f'error: {checkpoint} cannot be read as weights ({str(error).splitlines()[0]}); a training checkpoint '
-                 "is reduced to its weights by mmdetection's tools/model_converters/publish_model.py")
+        sys.exit(f'error: {checkpoint} cannot be read as weights: {(str(error) or "it is empty").splitlines()[0]}; a '
+                 "training checkpoint is reduced to weights by mmdetection's tools/model_converters/publish_model.py")
     weights = loaded.get('state_dict', loaded) if isinstance(loaded, dict) else {}
     weights = {re.sub(r'^module\.', '', name): value for name, value in weights.items() if torch.is_tensor(value)}
-    model = revert_sync_batchnorm(MODELS.build(config.model))
+    try:
+        model = revert_sync_batchnorm(MODELS.build(config.model))
+    except Exception as error:  # a config may name any class with any arguments
+        sys.exit(f'error: {config.filename} builds no detector: {type(error).__name__}: {error}'.split('\n')[0])
     own = model.state_dict()
     differing = [name for name in {**own, **weights} if not name.endswith('num_batches_tracked')
                  and (name not in own or name not in weights or own[name].shape != weights[name].shape)]
@@ -218,40 +220,46 @@ def read_shard(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         return Unpickler(file).load()
 
 
+def draw_box(tile: np.ndarray, box: list[float], text: str, colour: tuple, thickness: int, below: bool) -> None:
+    """Draw a relative box and its label on a dark ground, above or below it, into a BGR picture."""
+    height, width = tile.shape[:2]
+    x1, y1, x2, y2 = (np.array(box) * [width, height, width, height]).round().astype(int).tolist()
+    cv2.rectangle(tile, (x1, y1), (x2, y2), colour, thickness)
+    y = min(y2 + 14, height) if below else max(y1, 14)
+    cv2.rectangle(tile, (x1, y - 14), (x1 + 8 * len(text) + 2, y), (30, 30, 30), -1)
+    cv2.putText(tile, text, (x1 + 2, y - 3), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, 1, cv2.LINE_AA)
+
+
 def draw_preview(path: Path, root: Path, keyframes: dict[tuple[str, int], list], proposals: dict) -> None:
     """Draw up to 12 keyframes, evenly chosen: annotated boxes in green with their actions, proposals in orange."""
-    green, orange, white, tile_width, tile_height = (80, 220, 80), (0, 140, 255), (255, 255, 255), 400, 300
-    chosen = [list(keyframes)[i] for i in np.unique(np.linspace(0, len(keyframes) - 1, min(12, len(keyframes))).astype(int))]
-    tiles = []
-    for clip, second in chosen:
-        tile = np.full((tile_height, tile_width, 3), 30, np.uint8)
+    green, orange, white, dark = (80, 220, 80), (0, 140, 255), (255, 255, 255), 30
+    tile_width, tile_height, margin = 400, 300, 26
+    names, tiles = list(keyframes), []
+    for index in np.unique(np.linspace(0, len(names) - 1, 12).astype(int)):
+        clip, second = names[index]
+        tile = np.full((tile_height, tile_width, 3), dark, np.uint8)
+        cv2.putText(tile, f'{clip} at {second} s', (5, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.45, white, 1, cv2.LINE_AA)
         image = read_frame(root / 'rawframes' / frame_path(clip, second))
         if not isinstance(image, str):
-            scale = min(tile_width / image.shape[1], (tile_height - 24) / image.shape[0])
-            size = round(image.shape[1] * scale), round(image.shape[0] * scale)
-            tile[24:24 + size[1], :size[0]] = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+            scale = min((tile_width - 6) / image.shape[1], (tile_height - margin) / image.shape[0])
+            image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
             for *box, score in proposals.get(f'{clip[:-14]},{second:04d}', ()):
-                x1, y1, x2, y2 = (np.array(box) * [*size, *size] + [0, 24, 0, 24]).round().astype(int).tolist()
-                cv2.rectangle(tile, (x1, y1), (x2, y2), orange, 2)
-                cv2.putText(tile, f'{score:.2f}', (x1 + 3, y2 - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.42, orange, 1, cv2.LINE_AA)
+                draw_box(image, box, f'{score:.2f}', orange, 3, True)
             actions = {}
             for box, action in keyframes[clip, second]:
                 actions.setdefault(tuple(box), []).append(str(action))
-            for box, names in actions.items():
-                x1, y1, x2, y2 = (np.array(box) * [*size, *size] + [0, 24, 0, 24]).round().astype(int).tolist()
-                cv2.rectangle(tile, (x1, y1), (x2, y2), green, 1)
-                cv2.putText(tile, ' '.join(names), (x1 + 3, y1 + 13), cv2.FONT_HERSHEY_SIMPLEX, 0.42, green, 1, cv2.LINE_AA)
-        cv2.putText(tile, f'{clip} at {second} s', (5, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.45, white, 1, cv2.LINE_AA)
+            for box, numbers in actions.items():
+                draw_box(image, box, ' '.join(numbers), green, 1, False)
+            tile[margin:margin + image.shape[0], :image.shape[1]] = image
         tiles.append(tile)
     columns = min(4, len(tiles))
-    tiles += [np.full_like(tiles[0], 30)] * (-len(tiles) % columns)
-    sheet = np.vstack([np.hstack(tiles[index:index + columns]) for index in range(0, len(tiles), columns)])
-    legend = np.full((30, sheet.shape[1], 3), 30, np.uint8)
-    cv2.putText(legend, 'annotated boxes, action ids', (5, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.5, green, 1, cv2.LINE_AA)
-    cv2.putText(legend, 'proposals, scores', (230, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.5, orange, 1, cv2.LINE_AA)
-    done, data = cv2.imencode(path.suffix or '.jpg', np.vstack([legend, sheet]))
+    tiles += [np.full_like(tiles[0], dark)] * (-len(tiles) % columns)
+    legend = np.full((30, columns * tile_width, 3), dark, np.uint8)
+    cv2.putText(legend, 'annotation: action ids', (5, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.5, green, 1, cv2.LINE_AA)
+    cv2.putText(legend, 'proposal: score', (220, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.5, orange, 1, cv2.LINE_AA)
+    sheet = [legend, *(np.hstack(tiles[index:index + columns]) for index in range(0, len(tiles), columns))]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.tobytes())
+    path.write_bytes(cv2.imencode(path.suffix, np.vstack(sheet))[1].tobytes())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -296,16 +304,15 @@ def main(argv: list[str] | None = None) -> None:
     shards = target.with_name(f'{target.name}.{identity}.shards')  # bound to all inputs: another detector has another
     if args.overwrite:
         shutil.rmtree(shards, ignore_errors=True)
-    shards.mkdir(parents=True, exist_ok=True)
     import torch
     gpus = min(getattr(args, 'num_gpus', torch.cuda.device_count()), torch.cuda.device_count())
-    model = None
+    model = load_detector(config, checkpoint, 'cuda:0' if gpus > 0 else 'cpu')
+    shards.mkdir(parents=True, exist_ok=True)
     proposals, unreadable, keys = {}, {}, list(frames)
     with tqdm(total=len(keys), desc='detect', unit='frame', delay=1) as bar:
         for index in range(0, len(keys), SHARD):
             shard = shards / f'{index:08d}.pkl'
             if not shard.is_file():
-                model = model or load_detector(config, checkpoint, 'cuda:0' if gpus > 0 else 'cpu')
                 write_pickle(shard, detect_shard(model, root, {key: frames[key] for key in keys[index:index + SHARD]}))
             found, failed = read_shard(shard)
             proposals.update(found)

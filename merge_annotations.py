@@ -66,6 +66,8 @@ class Unpickler(pickle.Unpickler):
             return getattr(np, name)
         if module in ('numpy.core.multiarray', 'numpy._core.multiarray') and name == '_reconstruct':
             return lambda kind, shape, code: np.ndarray((0,), 'b')  # the state that follows fills it
+        if module in ('numpy.core.numeric', 'numpy._core.numeric') and name == '_frombuffer':  # protocol 5
+            return lambda data, dtype, shape, order: np.frombuffer(data, dtype).reshape(shape, order=order)
         if (module, name) == ('_codecs', 'encode'):  # how protocol 2 writes bytes
             return lambda text, encoding: text.encode('latin1')
         raise pickle.UnpicklingError(f'it names {module}.{name}')

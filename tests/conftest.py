@@ -133,3 +133,10 @@ def world(tmp_path):
     for name in 'ava_kinetics_v1_0', 'kinetics700', 'root':
         (tmp_path / name).mkdir()
     return tmp_path
+
+
+def empty_frames(folder: Path, clip: str, count: int | None = None) -> None:
+    """A clip folder with as many (empty) frames as its name says, or with `count`."""
+    (folder / clip).mkdir(parents=True)
+    for index in range(1, ((int(clip[-6:]) - int(clip[-13:-7])) * 30 if count is None else count) + 1):
+        (folder / clip / f'img_{index:05d}.jpg').touch()

@@ -1,13 +1,19 @@
 """Step 3 on sources of every kind: each frame of each clip is the nearest one of the source."""
 import os
+import random
+import signal
 import subprocess
+import sys
+import time
+from fractions import Fraction
 from pathlib import Path
 
 import decord
 import pytest
 
 import draw
-from conftest import (SIZE, VARIANTS, annotation_rows, errors, number_times, numbered_source, read_csv, run, snapshot)
+from conftest import (REPO, SIZE, VARIANTS, annotation_rows, errors, number_times, numbered_source, read_csv, run,
+                      snapshot)
 
 # Kinetics-700 class names, with what shells and splitting at spaces stumble over
 CLASSES = ["massaging person's head", 'curling (sport)', 'passing American football (not in game)', 'zumba',
@@ -71,7 +77,6 @@ def test_every_frame_is_the_nearest(matrix, index, name):
         nearest = min(abs(time - due) for time in times.values())
         assert abs(times[number] - due) <= nearest + 0.0011, f'frame {k} shows {number}'  # mkv counts milliseconds
     if not variant.get('drop'):
-        from fractions import Fraction
         due = keyframe - START
         slower = min(30, Fraction(variant.get('fps', 30)))
         assert abs(times[numbers[(keyframe - start) * 30]] - due) <= 0.5 / slower + 1e-6
@@ -97,3 +102,130 @@ def test_overwrite_gives_the_same_bytes(matrix):
     victim.write_bytes(b'spoilt')
     cut(folder, '--overwrite')
     assert snapshot(folder) == before
+
+
+def make(folder, sources: dict, annotations: str, lines: list[str] | None = None):
+    """A job of {path below videos_train: variant or None for a path without file}; the list names them all."""
+    for path, variant in sources.items():
+        if variant is not None:
+            numbered_source(folder / 'kinetics700/videos_train' / path, variant)
+    (folder / 'kinetics700/list.txt').write_text('\n'.join(lines or [f'{path} 7' for path in sources]) + '\n')
+    (folder / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').write_text(annotations)
+
+
+def clips(folder):
+    return sorted(path.name for path in (folder / 'root/videos').iterdir())
+
+
+def reasons(folder):
+    return {(row[0], row[1]): row[2] for row in read_csv(folder / 'root/reports/cut_kinetics_train.csv')[1:]}
+
+
+def test_ranges_lie_two_seconds_around_the_keyframes_and_within_the_source(world):
+    make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': {}, 'a/bbbbbbbbbbb_000000_000010.mp4': {}},
+         annotation_rows('aaaaaaaaaaa', 104.02) + annotation_rows('aaaaaaaaaaa', 105.9) + annotation_rows('aaaaaaaaaaa', 107, 0)
+         + annotation_rows('bbbbbbbbbbb', 0) + annotation_rows('bbbbbbbbbbb', 9))
+    cut(world)
+    assert clips(world) == ['aaaaaaaaaaa_000102_000107.mp4', 'bbbbbbbbbbb_000000_000010.mp4']
+
+
+def test_most_centred_source_is_taken_and_another_where_it_is_unreadable(world):
+    make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': {}, 'b/aaaaaaaaaaa_000103_000113.mp4': {}},
+         annotation_rows('aaaaaaaaaaa', 105) + annotation_rows('aaaaaaaaaaa', 109))
+    cut(world)
+    assert clips(world) == ['aaaaaaaaaaa_000103_000107.mp4', 'aaaaaaaaaaa_000107_000111.mp4']
+    assert clip_frames(world / 'root/videos/aaaaaaaaaaa_000107_000111.mp4')[0] == 4 * 30
+    for path in (world / 'root/videos').iterdir():
+        path.unlink()
+    (world / 'kinetics700/videos_train/b/aaaaaaaaaaa_000103_000113.mp4').write_bytes(b'no video')
+    cut(world)
+    assert clips(world) == ['aaaaaaaaaaa_000103_000110.mp4'] and not reasons(world)
+    assert '1 there already' in cut(world).stdout and clips(world) == ['aaaaaaaaaaa_000103_000110.mp4']
+
+
+def test_a_copy_of_the_same_seconds_serves_where_the_first_is_missing(world):
+    make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': None, 'b/aaaaaaaaaaa_000100_000110.mp4': {}},
+         annotation_rows('aaaaaaaaaaa', 105))
+    cut(world)
+    assert clips(world) == ['aaaaaaaaaaa_000103_000107.mp4'] and not reasons(world)
+
+
+def test_sources_that_end_early(world):
+    make(world, {'a/aaaaaaaaaaa_000000_000010.mp4': dict(seconds=9.3), 'a/bbbbbbbbbbb_000000_000010.mp4': dict(seconds=9.2),
+                 'a/ccccccccccc_000000_000010.mp4': dict(seconds=4), 'a/ddddddddddd_000000_000010.mp4': dict(seconds=4)},
+         annotation_rows('aaaaaaaaaaa', 9) + annotation_rows('bbbbbbbbbbb', 9) + annotation_rows('ccccccccccc', 9)
+         + annotation_rows('ddddddddddd', 1))
+    cut(world)
+    assert clips(world) == ['aaaaaaaaaaa_000007_000010.mp4', 'ddddddddddd_000000_000003.mp4']
+    assert clip_frames(world / 'root/videos/aaaaaaaaaaa_000007_000010.mp4')[-22:] == [278] * 22
+    assert reasons(world) == {('bbbbbbbbbbb', '9'): 'source too short: it ends 0.8 s before the clip does',
+                              ('ccccccccccc', '9'): 'source too short: it ends 3.0 s before the clip does'}
+
+
+def test_every_unusable_line_is_reported_with_its_number(world):
+    make(world, {'a b (c)/aaaaaaaaaaa_000100_000110.mp4': {}}, annotation_rows('aaaaaaaaaaa', 105)
+         + 'aaaaaaaaaaa,105,0.1,0.2\n' + 'aaaaaaaaaaa,nan,0.1,0.2,0.5,0.9,3\n' + 'short,105,0.1,0.2,0.5,0.9,3\n'
+         + 'aaaaaaaaaaa,105,0.5,0.2,0.1,0.9,3\n' + 'aaaaaaaaaaa,105,0.1,0.2,inf,0.9,3\n'
+         + 'aaaaaaaaaaa,105,0.1,0.2,0.5,0.9,81\n' + 'aaaaaaaaaaa,105,0.1,0.2,0.5,x,3\n'
+         + annotation_rows('aaaaaaaaaaa', 150) + annotation_rows('bbbbbbbbbbb', 3) + annotation_rows('ccccccccccc', 3, 0),
+         ['a b (c)/aaaaaaaaaaa_000100_000110.mp4', 'a/no_name.mp4 3', 'a/bbbbbbbbbbb_000020_000010.mp4 3'])
+    done = cut(world)
+    assert clips(world) == ['aaaaaaaaaaa_000103_000107.mp4'] and '1 of 3 annotated keyframes' in done.stdout
+    assert read_csv(world / 'root/reports/cut_kinetics_train.csv')[1:] == [
+        ['aaaaaaaaaaa', '150', 'no listed video holds this second'], ['bbbbbbbbbbb', '3', 'video not in the list'],
+        ['', '', 'malformed annotation: line 2: 4 columns instead of 7 or 2'],
+        ['', '', 'malformed annotation: line 3: not a time in seconds, nan'],
+        ['', '', "malformed annotation: line 4: not a video id, 'short'"],
+        ['', '', 'malformed annotation: line 5: not a box, 0.5 0.2 0.1 0.9'],
+        ['', '', 'malformed annotation: line 6: not a box, 0.1 0.2 inf 0.9'],
+        ['', '', 'malformed annotation: line 7: not an action of 1 to 80, 81'],
+        ['', '', "malformed annotation: line 8: could not convert string to float: 'x'"],
+        ['', '', 'malformed list line: line 2: no name like ID_000001_000011.mp4'],
+        ['', '', 'malformed list line: line 3: no name like ID_000001_000011.mp4']]
+
+
+def test_paths_are_found_from_every_documented_place(world):
+    make(world, {'below/aaaaaaaaaaa_000100_000110.mp4': {}}, annotation_rows('aaaaaaaaaaa', 105)
+         + annotation_rows('bbbbbbbbbbb', 105) + annotation_rows('ccccccccccc', 105) + annotation_rows('ddddddddddd', 105),
+         ['below/aaaaaaaaaaa_000100_000110.mp4 1', 'beside/bbbbbbbbbbb_000100_000110.mp4 1',
+          'here/ccccccccccc_000100_000110.mp4 1', f'{world}/absolute/ddddddddddd_000100_000110.mp4 1'])
+    numbered_source(world / 'kinetics700/beside/bbbbbbbbbbb_000100_000110.mp4', {})
+    numbered_source(world / 'here/ccccccccccc_000100_000110.mp4', {})
+    numbered_source(world / 'absolute/ddddddddddd_000100_000110.mp4', {})
+    cut(world)
+    assert len(clips(world)) == 4 and not reasons(world)
+
+
+def test_the_right_spelling_and_the_documented_defaults_work(world):
+    make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': {}}, annotation_rows('aaaaaaaaaaa', 105))
+    run('cut_kinetics.py', f'--avakinetics_annotation={world}/ava_kinetics_v1_0',
+        f'--kinetics_list={world}/kinetics700/list.txt', f'--avakinetics_root={world}/root')
+    shown = run('cut_kinetics.py', '--help', env={'MMACTION2': '/mm', 'PATH': '/usr/bin', 'COLUMNS': '200'}).stdout
+    assert '/mm/data/kinetics700/kinetics700_train_list_videos.txt' in shown and '(default: -1)' in shown
+    assert '/mm/data/ava_kinetics)' in shown and '(default: ava_kinetics_v1_0)' in shown
+
+
+def test_errors_say_what_to_do(world):
+    assert 'do Step 2' in errors(cut(world, code=1))
+    make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': None}, annotation_rows('bbbbbbbbbbb', 105))
+    assert 'holds none of the 1 videos' in errors(cut(world, code=1))
+    make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': None}, annotation_rows('aaaaaaaaaaa', 105))
+    assert 'is not a program' in errors(cut(world, '--ffmpeg=/no/ffmpeg', code=1))
+    assert 'not one clip could be cut' in errors(cut(world, code=1))
+    (world / 'kinetics700/list.txt').unlink()
+    assert 'do Step 1' in errors(cut(world, code=1))
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_killed_at_any_moment_and_run_again(matrix, tmp_path, seed):
+    folder, _ = matrix
+    command = [sys.executable, str(REPO / 'cut_kinetics.py'), f'--avakinetics_anotation={folder}/ava_kinetics_v1_0',
+               f'--kinetics_list={folder}/kinetics700/list.txt', f'--avakinetics_root={tmp_path}/root']
+    process = subprocess.Popen(command, cwd=folder, start_new_session=True, stderr=subprocess.DEVNULL)
+    time.sleep(random.Random(seed).uniform(0.6, 2.5))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert f'{len(VARIANTS)} of {len(VARIANTS)} annotated keyframes' in done.stdout
+    assert snapshot(tmp_path / 'root') == snapshot(folder / 'root')
+    assert not [path for path in (tmp_path / 'root').iterdir() if path.name.startswith('.')]

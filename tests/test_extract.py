@@ -1,0 +1,83 @@
+"""Step 4: as many frames as the name says, each the clip's own, at no lower quality than -q:v 2."""
+import subprocess
+
+import cv2
+import decord
+import numpy as np
+import pytest
+
+import draw
+from conftest import errors, numbered_source, read_csv, run, snapshot
+
+
+def make_clip(root, name, first=0, seconds=2, **variant):
+    path = root / 'videos' / f'{name}.mp4'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbered_source(path, dict(seconds=seconds, **variant))
+    return path
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / 'my root, 100 %05d'  # what a pattern of ffmpeg's would stumble over
+    make_clip(root, '-a_b-c_d-e__000010_000012')
+    make_clip(root, 'Zz_00-AbCdE_000000_000002')
+    return root
+
+
+def test_frames_are_the_clips(root):
+    done = run('extract_rgb_frames.py', f'--avakinetics_root={root}', '--num_workers=2')
+    assert '2 of 2 clips' in done.stdout and '2 extracted now' in done.stdout
+    for clip in '-a_b-c_d-e__000010_000012', 'Zz_00-AbCdE_000000_000002':
+        frames = root / 'rawframes' / clip
+        assert sorted(path.name for path in frames.iterdir()) == [f'img_{n:05d}.jpg' for n in range(1, 61)]
+        assert [draw.read_stamp(cv2.imread(str(frames / f'img_{n:05d}.jpg'))) for n in range(1, 61)] == list(range(60))
+    assert read_csv(root / 'reports/extract_rgb_frames.csv') == [['clip', 'reason']]
+
+
+def test_quality_is_that_of_q2(root, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (30, 60, 80, 3), dtype=np.uint8)
+    frames = [cv2.resize(image, (320, 240), interpolation=cv2.INTER_CUBIC) for image in noise]
+    clip = root / 'videos/QqQqQqQqQqQ_000000_000001.mp4'
+    draw.encode(clip, frames, 30, (320, 240), options=['-crf', '10'])
+    run('extract_rgb_frames.py', f'--avakinetics_root={root}')
+    subprocess.run([draw.FFMPEG, '-v', 'error', '-i', str(clip), '-q:v', '2', str(tmp_path / '%05d.jpg')], check=True)
+    psnr = [[cv2.PSNR(source.asnumpy()[..., ::-1], cv2.imread(str(folder / name.format(n))))
+             for n, source in enumerate(decord.VideoReader(str(clip)), 1)]
+            for folder, name in ((root / 'rawframes' / clip.stem, 'img_{:05d}.jpg'), (tmp_path, '{:05d}.jpg'))]
+    assert np.mean(psnr[0]) >= np.mean(psnr[1]) - 0.05, np.mean(psnr, 1)
+
+
+def test_second_run_changes_nothing_and_incomplete_folders_are_redone(root):
+    run('extract_rgb_frames.py', f'--avakinetics_root={root}')
+    before = snapshot(root)
+    assert '0 extracted now, 2 there already' in run('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout
+    assert snapshot(root) == before
+    (root / 'rawframes/-a_b-c_d-e__000010_000012/img_00031.jpg').unlink()
+    assert '1 extracted now, 1 there already' in run('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout
+    assert snapshot(root) == before
+    (root / 'rawframes/-a_b-c_d-e__000010_000012/img_00031.jpg').write_bytes(b'spoilt')
+    run('extract_rgb_frames.py', f'--avakinetics_root={root}', '--overwrite')
+    assert snapshot(root) == before
+
+
+def test_bad_clips_cost_themselves_only(root):
+    make_clip(root, 'SHORT-SHORT_000000_000003')  # two seconds under a name of three
+    (root / 'videos/EMPTY-EMPTY_000000_000002.mp4').touch()
+    (root / 'videos/notes.txt').write_text('mine')
+    done = run('extract_rgb_frames.py', f'--avakinetics_root={root}')
+    assert '2 of 4 clips' in done.stdout
+    rows = dict(read_csv(root / 'reports/extract_rgb_frames.csv'))
+    assert rows['SHORT-SHORT_000000_000003'] == 'wrong number of frames: 60 instead of 90; cut it again with Step 3'
+    assert rows['EMPTY-EMPTY_000000_000002'].startswith('unreadable clip: ')
+    assert rows['notes.txt'].startswith('not a clip')
+    assert len(list((root / 'rawframes').iterdir())) == 2
+
+
+def test_errors_say_what_to_do(tmp_path, root):
+    assert 'do Step 3' in errors(run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/none', code=1))
+    (tmp_path / 'bare/videos').mkdir(parents=True)
+    assert 'do Step 3' in errors(run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1))
+    assert 'is not a program' in errors(run('extract_rgb_frames.py', f'--avakinetics_root={root}', '--ffmpeg=/no', code=1))
+    (tmp_path / 'bare/videos/EMPTY-EMPTY_000000_000002.mp4').touch()
+    assert 'not one clip' in errors(run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1))

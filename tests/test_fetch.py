@@ -1,0 +1,236 @@
+"""Step 6: real detections of a real detector, equal to what mmdet gives frame by frame."""
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine import Config
+
+import draw
+from conftest import REPO, errors, read_csv, run, snapshot
+
+TINY = [f'--config={REPO}/tests/tiny_detector.py', f'--checkpoint={REPO}/tests/tiny_detector.pth']
+
+
+def fetch(root, *options, **kwargs):
+    return run('fetch_proposal.py', f'--avakinetics_root={root}', *TINY, *options, **kwargs)
+
+
+def load(path):
+    with open(path, 'rb') as file:
+        return pickle.load(file)
+
+
+def overlap(a, b):
+    """IoU of every box of a (n, 4) with every box of b (m, 4)."""
+    corner, end = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    both = np.clip(end - corner, 0, None).prod(-1)
+    return both / ((a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1)[None] - both)
+
+
+SIZES = [(340, 256), (426, 240), (320, 240), (456, 256)]
+
+
+def write_root(root, scenes):
+    """Clips of four seconds with only the frames that Step 6 reads, one annotated keyframe each."""
+    rows = ''
+    for scene in scenes:
+        clip = f'scene-{scene:05d}_000010_000014'
+        (root / 'rawframes' / clip).mkdir(parents=True)
+        for second in range(4):
+            image, boxes = draw.draw_frame(scene, second, SIZES[scene % 4])
+            cv2.imwrite(str(root / f'rawframes/{clip}/img_{second * 30 + 1:05d}.jpg'), image)
+            if second == 2:
+                rows += ''.join('{},12,{:.3f},{:.3f},{:.3f},{:.3f},12,-1\n'.format(clip, *box) for box in boxes)
+    (root / 'kinetics_train.csv').write_text(rows)
+    return root
+
+
+@pytest.fixture(scope='module')
+def fetched(tmp_path_factory):
+    root = write_root(tmp_path_factory.mktemp('fetched'), range(40))
+    return root, fetch(root, f'--preview={root}/preview.jpg')
+
+
+def test_keys_are_the_keyframes_and_their_neighbours(fetched):
+    root, done = fetched
+    proposals = load(root / 'kinetics_proposal.pkl')
+    assert proposals.keys() == {f'scene-{scene:05d},{second:04d}' for scene in range(40) for second in (11, 12, 13)}
+    assert '120 of 120 frames' in done.stdout and '0 of 40 annotated keyframes have no proposal' in done.stdout
+    for boxes in proposals.values():
+        assert boxes.dtype == np.float64 and boxes.shape[1] == 5
+        assert boxes.min() >= 0 and boxes.max() <= 1 and (boxes[:, 4] > 0.7).all()
+    assert b'numpy._core' not in (root / 'kinetics_proposal.pkl').read_bytes()
+
+
+def test_neighbours_outside_the_clip_are_left_out(tmp_path):
+    root = write_root(tmp_path, [0])
+    text = (root / 'kinetics_train.csv').read_text()
+    (root / 'kinetics_train.csv').write_text(text.replace(',12,0', ',10,0'))
+    fetch(root)
+    assert load(root / 'kinetics_proposal.pkl').keys() == {'scene-00000,0010', 'scene-00000,0011'}
+
+
+def test_the_drawn_people_are_found(fetched):
+    proposals, good = load(fetched[0] / 'kinetics_proposal.pkl'), 0
+    for scene in range(40):
+        people = draw.figure_boxes(scene, 2, SIZES[scene % 4])
+        found = proposals[f'scene-{scene:05d},0012'][:, :4]
+        good += len(found) == len(people) and (overlap(people, found).max(1) > 0.7).all()
+    assert good >= 38  # of 40, 95 %
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    from mmdet.apis import init_detector
+    return init_detector(f'{REPO}/tests/tiny_detector.py', f'{REPO}/tests/tiny_detector.pth', device='cpu')
+
+
+def test_boxes_are_those_of_inference_detector(fetched, tiny):
+    from mmdet.apis import inference_detector
+    root, proposals = fetched[0], load(fetched[0] / 'kinetics_proposal.pkl')
+    for scene in range(40):
+        path = root / f'rawframes/scene-{scene:05d}_000010_000014/img_00061.jpg'
+        result = inference_detector(tiny, str(path)).pred_instances.numpy()
+        chosen = (result.labels == 0) & (result.scores > 0.7)
+        width, height = SIZES[scene % 4]
+        expected = np.hstack([np.clip(result.bboxes[chosen] / [width, height, width, height], 0, 1),
+                              result.scores[chosen, None]])
+        np.testing.assert_allclose(proposals[f'scene-{scene:05d},0012'], expected, atol=1e-6)
+
+
+def test_preview_shows_annotations_and_proposals(fetched):
+    sheet = cv2.imread(str(fetched[0] / 'preview.jpg')).astype(int)
+    assert sheet.shape == (930, 1600, 3)
+    green = (abs(sheet - [80, 220, 80]).sum(-1) < 60).sum()
+    orange = (abs(sheet - [0, 140, 255]).sum(-1) < 60).sum()
+    assert green > 1000 and orange > 1000
+
+
+def test_second_run_changes_nothing_and_another_detector_does_not_mix(fetched, tmp_path):
+    root = tmp_path / 'root'
+    shutil.copytree(fetched[0], root)
+    before = snapshot(root)
+    assert 'nothing to do' in fetch(root).stdout
+    assert snapshot(root) == before
+    other = torch.load(f'{REPO}/tests/tiny_detector.pth', weights_only=True)
+    other['state_dict'] = {'module.' + name: value * (0 if 'fc_cls' in name else 1)  # saved by data parallel training
+                           for name, value in other['state_dict'].items()}
+    torch.save(other, tmp_path / 'blind.pth')
+    done = run('fetch_proposal.py', f'--avakinetics_root={root}', TINY[0], f'--checkpoint={tmp_path}/blind.pth')
+    assert '0 people on 0 of 120 frames' in done.stdout and '40 of 40 annotated keyframes' in done.stdout
+    assert load(root / 'kinetics_proposal.pkl') == {}
+
+
+def test_unreadable_frames_cost_themselves_only(fetched, tmp_path):
+    root = tmp_path / 'root'
+    shutil.copytree(fetched[0], root)
+    frames = root / 'rawframes'
+    (frames / 'scene-00000_000010_000014/img_00061.jpg').unlink()
+    whole = (frames / 'scene-00001_000010_000014/img_00061.jpg').read_bytes()
+    (frames / 'scene-00001_000010_000014/img_00061.jpg').write_bytes(whole[:len(whole) // 2])
+    (frames / 'scene-00002_000010_000014/img_00061.jpg').write_bytes(b'no picture\xff\xd9')
+    lines = len(read_csv(root / 'kinetics_train.csv'))
+    with open(root / 'kinetics_train.csv', 'a') as file:
+        file.write('scene-00003_000010_000014,x,0,0,1,1,12,-1\nscene-00003_000010_000014,99,0,0,1,1,12,-1\n')
+    done = fetch(root, '--overwrite')
+    assert read_csv(root / 'reports/fetch_proposal_train.csv')[1:] == [
+        ['scene-00000', '0012', 'unreadable frame: No such file or directory scene-00000_000010_000014/img_00061.jpg'],
+        ['scene-00001', '0012', 'unreadable frame: truncated or no JPEG scene-00001_000010_000014/img_00061.jpg'],
+        ['scene-00002', '0012', 'unreadable frame: broken JPEG scene-00002_000010_000014/img_00061.jpg'],
+        *(['', '', f'malformed row: line {lines + extra} of kinetics_train.csv'] for extra in (1, 2))]
+    assert '117 of 120 frames' in done.stdout
+    expected = load(fetched[0] / 'kinetics_proposal.pkl')
+    for key, boxes in load(root / 'kinetics_proposal.pkl').items():
+        assert (boxes == expected[key]).all()
+
+
+def test_a_failing_model_ends_the_run_with_what_was_saved(fetched, tmp_path):
+    """A head that breaks on tall pictures only: the shard before stays, the same command continues."""
+    root = write_root(tmp_path / 'root', range(3))
+    (tmp_path / 'failing.py').write_text(f"""_base_ = '{REPO}/tests/tiny_detector.py'
+custom_imports = dict(imports=['failing_detector'])
+model = dict(type='FailingDetector')
+""")
+    (tmp_path / 'failing_detector.py').write_text("""
+import os
+from mmdet.models import CascadeRCNN
+from mmdet.registry import MODELS
+@MODELS.register_module()
+class FailingDetector(CascadeRCNN):
+    def predict(self, inputs, samples, **kwargs):
+        if samples[0].ori_shape == (240, 320) and not os.path.exists('mended'):
+            raise RuntimeError('CUDA error: an illegal memory access')
+        return super().predict(inputs, samples, **kwargs)
+""")
+    command = ['fetch_proposal.py', f'--avakinetics_root={root}', f'--config={tmp_path}/failing.py', TINY[1]]
+    options = dict(cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    assert 'the detector failed on scene-00002' in errors(run(*command, code=1, **options))
+    assert not (root / 'kinetics_proposal.pkl').exists()
+    (tmp_path / 'mended').touch()
+    assert '9 of 9 frames' in run(*command, **options).stdout
+
+
+def test_the_documented_config_is_mmdetections_model():
+    import mmdet
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    register_all_modules()
+    ours = Config.fromfile(f'{REPO}/X-101-64x4d-FPN.py')
+    theirs = Config.fromfile(f'{mmdet.__path__[0]}/.mim/configs/cascade_rcnn/cascade-rcnn_x101-64x4d_fpn_1x_coco.py')
+    tensors = [{name: tuple(value.shape) for name, value in MODELS.build(config.model).state_dict().items()}
+               for config in (ours, theirs)]
+    assert tensors[0] == tensors[1] and len(tensors[0]) == 670
+    assert ours.test_dataloader.dataset.pipeline == theirs.test_dataloader.dataset.pipeline
+
+
+def test_the_tiny_detector_is_of_the_documented_kind():
+    tiny, documented = (Config.fromfile(REPO / name).model for name in ('tests/tiny_detector.py', 'X-101-64x4d-FPN.py'))
+    assert tiny.type == documented.type and len(tiny.roi_head.bbox_head) == len(documented.roi_head.bbox_head) == 3
+    assert {head.num_classes for head in tiny.roi_head.bbox_head} == {80}
+    assert (REPO / 'tests/tiny_detector.pth').stat().st_size < 4 * 2**20
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ('touch pwned',)
+
+
+def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path):
+    root = fetched[0]
+    assert 'do Step 5' in errors(fetch(root, f'--datalist={tmp_path}/none.csv', code=1))
+    assert 'do Step 4' in errors(fetch(tmp_path, f'--datalist={root}/kinetics_train.csv', code=1))
+    (tmp_path / 'empty.csv').touch()
+    assert 'holds no annotated keyframe' in errors(fetch(root, f'--datalist={tmp_path}/empty.csv', code=1))
+    assert 'set --config' in errors(fetch(root, '--config=none.py', code=1))
+    (tmp_path / 'broken.py').write_text('model = dict(')
+    assert 'is no mmdetection config' in errors(fetch(root, f'--config={tmp_path}/broken.py', code=1))
+    assert '--preview end in' in errors(fetch(root, '--preview=sheet.doc', code=1))
+    assert 'set --checkpoint' in errors(fetch(root, '--checkpoint=none.pth', code=1))
+    assert 'cannot be downloaded' in errors(fetch(root, '--checkpoint=http://127.0.0.1:9/x.pth', code=1,
+                                                  env={'HOME': str(tmp_path), 'PATH': '/usr/bin:/bin'}))
+    for content in b'', b'no checkpoint', pickle.dumps(Evil()):
+        (tmp_path / 'bad.pth').write_bytes(content)
+        assert 'cannot be read as weights' in errors(fetch(root, f'--checkpoint={tmp_path}/bad.pth', code=1, cwd=tmp_path))
+    torch.save(Evil(), tmp_path / 'evil.pth')
+    assert 'cannot be read as weights' in errors(fetch(root, f'--checkpoint={tmp_path}/evil.pth', code=1, cwd=tmp_path))
+    assert not (tmp_path / 'pwned').exists()
+    message = errors(run('fetch_proposal.py', f'--avakinetics_root={root}', TINY[1], code=1))
+    assert 'does not fit the config' in message and 'backbone.' in message
+
+
+def test_killed_and_run_again(fetched, tmp_path):
+    root = tmp_path / 'root'
+    shutil.copytree(fetched[0], root)
+    for name in 'kinetics_proposal.pkl', 'kinetics_proposal.pkl.inputs.json':
+        (root / name).unlink()
+    command = [sys.executable, str(REPO / 'fetch_proposal.py'), f'--avakinetics_root={root}', *TINY]
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run(command, capture_output=True, timeout=7)
+    subprocess.run(command, capture_output=True, check=True)
+    assert snapshot(root) == snapshot(fetched[0])

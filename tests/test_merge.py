@@ -1,0 +1,187 @@
+"""Step 7: AVA's annotations and frames joined with the Kinetics part."""
+import os
+import pickle
+import pickletools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import sample_world
+from conftest import empty_frames, errors, read_csv, run, snapshot
+
+CSV, PICKLE = 'annotations/ava_train_v2.2.csv', 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl'
+AVA_ROWS = '-5KQ66BBWC4,0902,0.100,0.200,0.300,0.400,12,0\nAVA_mov-1_x,1798,0.100,0.200,0.300,0.400,80,17\n'
+AVA = {'-5KQ66BBWC4,0902': np.array([[.1, .2, .3, .4, .9], [.2, .2, .4, .4, .1]]), 'AVA_mov-1_x,1798': np.ones((1, 5))}
+KINETICS_ROWS = 'aaaaaaaaaaa_000103_000107,105,0.100,0.200,0.500,0.900,12,-1\n'
+KINETICS = {'aaaaaaaaaaa,0105': np.full((2, 5), 0.75), 'aaaaaaaaaaa,0104': np.full((1, 5), 0.5),
+            '-5KQ66BBWC4,0902': np.zeros((1, 5))}
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / 'root'
+    (root / 'annotations').mkdir(parents=True)
+    (root / CSV).write_text(AVA_ROWS.rstrip('\n'))  # no newline at the end, as editors leave it
+    (root / PICKLE).write_bytes(sample_world.fair_pickle(AVA))
+    (root / 'kinetics_train.csv').write_text(KINETICS_ROWS)
+    (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps(KINETICS))
+    return root
+
+
+def merge(root, **kwargs):
+    return run('merge_annotations.py', f'--avakinetics_root={root}', **kwargs)
+
+
+def load(path):
+    with open(path, 'rb') as file:
+        return pickle.load(file)
+
+
+def test_kinetics_rows_come_first_and_ava_wins(root):
+    done = merge(root)
+    assert (root / CSV).read_text() == KINETICS_ROWS + AVA_ROWS
+    merged = load(root / PICKLE)
+    assert merged.keys() == {*AVA, 'aaaaaaaaaaa,0105', 'aaaaaaaaaaa,0104'}
+    for key, boxes in merged.items():
+        assert boxes.dtype == np.float64 and (boxes == AVA.get(key, KINETICS.get(key))).all()
+    assert '3 rows' in done.stdout and '1 of Kinetics, 2 of AVA' in done.stdout and '1 keys in both' in done.stdout
+
+
+def test_merging_twice_is_merging_once_and_a_later_merge_is_a_first_one(root):
+    merge(root)
+    before = snapshot(root)
+    merge(root)
+    assert snapshot(root) == before
+    assert (root / 'annotations/ava_train_v2.2.ava_only.csv').read_text() == AVA_ROWS.rstrip('\n')
+    assert load(root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.ava_only.pkl').keys() == AVA.keys()
+    rows = KINETICS_ROWS.replace(',105,', ',104,')
+    (root / 'kinetics_train.csv').write_text(rows)
+    (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps({'aaaaaaaaaaa,0104': np.ones((3, 5))}))
+    merge(root)
+    assert (root / CSV).read_text() == rows + AVA_ROWS
+    assert load(root / PICKLE).keys() == {*AVA, 'aaaaaaaaaaa,0104'}
+
+
+def test_the_pickle_loads_in_every_numpy(root):
+    merge(root)
+    stream = (root / PICKLE).read_bytes()
+    names = {text for _, text, _ in pickletools.genops(stream) if isinstance(text, str) and 'numpy' in text}
+    assert names == {'numpy'}
+    assert b'numpy._core' not in stream and b'numpy.core' not in stream
+
+
+def test_both_files_change_or_none(root):
+    before = snapshot(root)
+    (root / 'kinetics_proposal.pkl').write_bytes(b'broken')
+    assert 'is no pickle of proposals' in errors(merge(root, code=1))
+    (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps(KINETICS))
+    (root / PICKLE).unlink()
+    assert 'cp -r' in errors(merge(root, code=1))
+    (root / PICKLE).write_bytes(sample_world.fair_pickle(AVA))
+    assert snapshot(root) == before
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ('touch pwned',)
+
+
+@pytest.mark.parametrize('content', [
+    pickle.dumps(Evil()), pickle.dumps({'aaaaaaaaaaa,0105': Evil()}), pickle.dumps([1]), b'', b'\x80\x04.',
+    pickle.dumps({1: 2})[:-1], b'cbuiltins\neval\n(S"1"\ntR.',
+    b'cnumpy.core.multiarray\nscalar\n.', pickle.dumps({'a': np.array([Evil()], object)})])
+def test_pickles_cannot_run_code(root, tmp_path, content):
+    before = (root / PICKLE).read_bytes()
+    (root / 'kinetics_proposal.pkl').write_bytes(content)
+    assert 'is no pickle of proposals' in errors(merge(root, code=1, cwd=tmp_path))
+    assert not (tmp_path / 'pwned').exists() and (root / PICKLE).read_bytes() == before
+
+
+@pytest.mark.parametrize('protocol', range(2, 6))
+def test_pickles_of_every_protocol_are_read(root, protocol):
+    (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps(KINETICS, protocol=protocol))
+    merge(root)
+    assert len(load(root / PICKLE)) == 4
+
+
+def test_what_training_would_choke_on_is_left_out_and_reported(root):
+    (root / 'kinetics_train.csv').write_text(KINETICS_ROWS + 'aaaaaaaaaaa_000103_000107,x,0.1,0.2,0.5,0.9,12,-1\n'
+                                             + '../../etc,105,0.1,0.2,0.5,0.9,12,-1\n')
+    (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps({
+        **KINETICS, 'bbbbbbbbbbb,0001': np.empty((0, 5)), 'ccccccccccc,0001': np.full((1, 5), np.nan), 'x': np.ones((1, 5)),
+        'ddddddddddd,0001': 'boxes', 'eeeeeeeeeee,0001': np.ones((1, 3))}))
+    assert '7 rows or proposals left out' in merge(root).stdout
+    assert (root / CSV).read_text() == KINETICS_ROWS + AVA_ROWS and len(load(root / PICKLE)) == 4
+    assert len(read_csv(root / 'reports/merge_annotations_train.csv')) == 8
+
+
+def test_merge_errors_say_what_to_do(root):
+    for path, hint in ((CSV, 'cp -r'), ('kinetics_proposal.pkl', 'do Step 6'), ('kinetics_train.csv', 'do Step 5')):
+        content = (root / path).read_bytes()
+        (root / path).unlink()
+        assert hint in errors(merge(root, code=1))
+        (root / path).write_bytes(content)
+    (root / 'kinetics_train.csv').write_text('')
+    assert 'holds no row' in errors(merge(root, code=1))
+    (root / 'kinetics_train.csv').write_text(KINETICS_ROWS)
+    (root / CSV).write_text(KINETICS_ROWS + AVA_ROWS)  # merged by MMAction2's script before
+    assert 'merged by another program' in errors(merge(root, code=1))
+
+
+@pytest.fixture
+def worlds(root, tmp_path):
+    """A merged ROOT with one Kinetics clip, and AVA with its two videos' frames."""
+    merge(root)
+    empty_frames(root / 'rawframes', 'aaaaaaaaaaa_000103_000107')
+    for video, last in ('-5KQ66BBWC4', 61), ('AVA_mov-1_x', 26941):
+        (tmp_path / 'ava/rawframes' / video).mkdir(parents=True)
+        (tmp_path / 'ava/rawframes' / video / f'img_{last:05d}.jpg').touch()
+    return root, tmp_path / 'ava'
+
+
+def link(root, ava, **kwargs):
+    return run('softlink_ava.py', f'--avakinetics_root={root}', f'--ava_root={ava}', **kwargs)
+
+
+def test_links_are_absolute_and_a_second_run_changes_nothing(worlds, tmp_path):
+    root, ava = worlds
+    done = run('softlink_ava.py', '--avakinetics_root=root', '--ava_root=ava', cwd=tmp_path)
+    assert os.readlink(root / 'rawframes/-5KQ66BBWC4') == f'{ava}/rawframes/-5KQ66BBWC4'
+    assert '2 linked now' in done.stdout and '1 Kinetics clips and 2 AVA videos annotated, 3 rows, 4 frames' in done.stdout
+    assert 'all 3 have their frames: ready for training' in done.stdout
+    before = snapshot(root)
+    assert '2 linked already' in link(root, ava).stdout
+    assert snapshot(root) == before
+
+
+def test_wrong_links_are_mended_and_real_folders_left_alone(worlds, tmp_path):
+    root, ava = worlds
+    (root / 'rawframes/-5KQ66BBWC4').symlink_to(tmp_path / 'nowhere')
+    (root / 'rawframes/AVA_mov-1_x').mkdir()
+    (root / 'rawframes/AVA_mov-1_x/img_26941.jpg').write_text('mine')
+    done = link(root, ava)
+    assert '1 broken or wrong links mended' in done.stdout and '1 real folders left alone' in done.stdout
+    assert os.readlink(root / 'rawframes/-5KQ66BBWC4') == f'{ava}/rawframes/-5KQ66BBWC4'
+    assert (root / 'rawframes/AVA_mov-1_x/img_26941.jpg').read_text() == 'mine'
+
+
+def test_the_closing_check_finds_what_training_would_miss(worlds):
+    root, ava = worlds
+    (root / 'rawframes/aaaaaaaaaaa_000103_000107/img_00120.jpg').unlink()
+    (ava / 'rawframes/AVA_mov-1_x/img_26941.jpg').unlink()
+    assert 'not complete' in errors(link(root, ava, code=1))
+    assert read_csv(root / 'reports/softlink_ava.csv')[1:] == [
+        ['AVA_mov-1_x', 'frames missing: 1 of 1, first img_26941.jpg'],
+        ['aaaaaaaaaaa_000103_000107', 'frames missing: 1 of 120, first img_00120.jpg']]
+
+
+def test_link_errors_say_what_to_do(worlds, tmp_path):
+    root, ava = worlds
+    assert 'set --ava_root' in errors(link(root, tmp_path / 'none', code=1))
+    (tmp_path / 'bare/rawframes').mkdir(parents=True)
+    assert 'holds no folder' in errors(link(root, tmp_path / 'bare', code=1))
+    assert 'do Step 4' in errors(link(tmp_path / 'bare2', ava, code=1))
+    (root / CSV).unlink()
+    assert 'do Step 7' in errors(link(root, ava, code=1))
