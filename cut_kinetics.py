@@ -15,17 +15,25 @@ import argparse
 import contextlib
 import csv
 import fcntl
+import glob
+import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zlib
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
+import aiohttp
 import decord
+import fsspec
 import imageio_ffmpeg
+import tenacity
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
@@ -33,9 +41,11 @@ MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
 CONTEXT_S = 2  # seconds kept before and after the keyframes; MMAction2's windows reach 32 frames, about one second
 MAX_REPEAT = 22  # frames: a source that ends up to 0.75 s early has its last frame repeated
-MAX_LEAD_S = 0.2  # codec delays put the first picture up to 0.1 s behind the sound; more means that pictures are missing
+MAX_LEAD_S = 0.2  # codec delays put the first picture up to 0.1 s behind the sound; beyond, pictures are missing
 # x264 superfast at crf 21 has a higher SSIM than its defaults (medium, crf 23) at a third of the time: benchmarks/
 ENCODER = ['-c:v', 'libx264', '-preset', 'superfast', '-crf', '21', '-threads', '1', '-pix_fmt', 'yuv420p']
+WORK = '.cut_kinetics'  # folder of unfinished files in ROOT
+ARCHIVE_ERRORS = OSError, EOFError, zlib.error, tarfile.TarError, aiohttp.ClientError, TimeoutError
 SOURCE_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>\d{6})_(?P<end>\d{6})\.[A-Za-z0-9]+')
 
 
@@ -53,16 +63,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--avakinetics_anotation', '--avakinetics_annotation', type=Path,
                         default=Path('ava_kinetics_v1_0'), metavar='DIR',
                         help='folder of the AVA-Kinetics annotations')
-    parser.add_argument('--kinetics_list', type=Path, metavar='FILE',
-                        default=MMACTION2 / 'data/kinetics700/kinetics700_train_list_videos.txt',
-                        help='list of the Kinetics-700 videos, a line each: PATH [LABEL]')
+    parser.add_argument('--split', choices=['train', 'val'], default='train', help='part of AVA-Kinetics')
+    parser.add_argument('--kinetics_list', type=Path, metavar='FILE', default=argparse.SUPPRESS,
+                        help='list of the Kinetics-700 videos, a line each: PATH [LABEL] (default: '
+                        f'{MMACTION2}/data/kinetics700/kinetics700_train_list_videos.txt, or ..._val_...)')
+    parser.add_argument('--kinetics_archives', nargs='+', metavar='ARCHIVE', default=argparse.SUPPRESS,
+                        help='in place of --kinetics_list: tar or tar.gz files, patterns, URLs, or @FILE with one of '
+                        'these a line; read in one pass, never unpacked')
+    parser.add_argument('--short_side', type=int, metavar='N', default=argparse.SUPPRESS,
+                        help='scale clips down to N pixels on their short side (default: size of the source)')
     parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
                         help='folder of the data set that is made')
     parser.add_argument('--num_workers', type=int, default=-1, metavar='N', help='parallel processes; -1: all CPUs')
     parser.add_argument('--ffmpeg', default=imageio_ffmpeg.get_ffmpeg_exe(), metavar='PATH',
                         help='ffmpeg program; other versions may choose other frames')
     parser.add_argument('--overwrite', action='store_true', help='cut clips again that are there already')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    defaults = dict(kinetics_archives=None, short_side=None,
+                    kinetics_list=MMACTION2 / f'data/kinetics700/kinetics700_{args.split}_list_videos.txt')
+    args = argparse.Namespace(**{**defaults, **vars(args)})
+    args.num_workers = args.num_workers if args.num_workers > 0 else -1
+    if args.short_side is not None and (args.short_side < 2 or args.short_side % 2):
+        sys.exit('error: --short_side must be an even number of pixels, such as 256')
+    return args
 
 
 def parse_annotation(line: str) -> tuple[str, float, list[float] | None, int | None]:
@@ -88,9 +111,9 @@ def parse_annotation(line: str) -> tuple[str, float, list[float] | None, int | N
     return row[0], numbers[0], box, int(action)
 
 
-def read_keyframes(path: Path) -> tuple[dict[str, set[int]], list[tuple]]:
-    """The annotated seconds of every video, and report rows for the lines that cannot be read."""
-    keyframes, problems = {}, []
+def read_keyframes(path: Path) -> tuple[dict[str, set[int]], int, list[tuple]]:
+    """The annotated seconds of every video, the number of those without people, and report rows for unreadable lines."""
+    keyframes, unpeopled, problems = {}, set(), []
     with open(path, encoding='utf-8-sig', errors='replace') as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -102,7 +125,10 @@ def read_keyframes(path: Path) -> tuple[dict[str, set[int]], list[tuple]]:
                 continue
             if box:
                 keyframes.setdefault(video, set()).add(int(timestamp))
-    return keyframes, problems
+            else:
+                unpeopled.add((video, int(timestamp)))
+    unpeopled = sum(second not in keyframes.get(video, ()) for video, second in unpeopled)
+    return keyframes, unpeopled, problems
 
 
 def read_sources(path: Path, keyframes: dict[str, set[int]]) -> tuple[dict[str, list[Source]], list[tuple]]:
@@ -126,7 +152,7 @@ def read_sources(path: Path, keyframes: dict[str, set[int]]) -> tuple[dict[str, 
     return sources, problems
 
 
-def plan_clips(sources: list[Source], seconds: list[int]) -> dict[Source, list[int]]:
+def plan_clips(sources: list[Source], seconds: set[int]) -> dict[Source, list[int]]:
     """Give every annotated second to the source in which it is most centred; seconds in no source are left out."""
     plan = {}
     for second in sorted(seconds):
@@ -137,12 +163,16 @@ def plan_clips(sources: list[Source], seconds: list[int]) -> dict[Source, list[i
     return plan
 
 
+def clip_name(video_id: str, start: int, end: int) -> str:
+    return f'{video_id}_{start:06d}_{end:06d}.mp4'
+
+
 def clip_range(source: Source, seconds: list[int]) -> tuple[int, int]:
     """Seconds [start, end) of the original video to keep: two around the keyframes, within the source."""
     return max(source.start, min(seconds) - CONTEXT_S), min(source.end, max(seconds) + CONTEXT_S)
 
 
-def cut_command(ffmpeg: str, video: Path, offset: int, seconds: int, target: Path) -> list[str]:
+def cut_command(ffmpeg: str, video: Path, offset: int, seconds: int, short_side: int | None, target: Path) -> list[str]:
     """ffmpeg's arguments to cut `seconds` from source time `offset` (both in s), each frame the nearest of the source.
 
     `setpts` moves every frame to the middle between its predecessor and itself, so that `fps`, which holds a frame
@@ -152,22 +182,26 @@ def cut_command(ffmpeg: str, video: Path, offset: int, seconds: int, target: Pat
     filters = (
         f"settb=AVTB,setpts='(PTS+if(isnan(PREV_INPTS),PTS,PREV_INPTS))/2-if(lt(STARTT,{MAX_LEAD_S}),STARTPTS,0)',"
         f'fps={FPS}:start_time={offset}:round=up,tpad=stop={MAX_REPEAT}:stop_mode=clone,'
-        'crop=trunc(iw/2)*2:trunc(ih/2)*2:0:0,scale=out_range=limited')  # yuv420p needs even sides; boxes are relative
+        'crop=trunc(iw/2)*2:trunc(ih/2)*2:0:0,')  # yuv420p needs even sides; boxes are relative
+    if short_side:
+        factor = f'min(1,{short_side}/min(iw,ih))'
+        filters += f"scale='2*round(iw/2*{factor})':'2*round(ih/2*{factor})',"
     return [ffmpeg, '-nostdin', '-v', 'error', '-protocol_whitelist', 'file', '-threads', '1', '-i', f'file:{video}',
-            '-map', '0:V:0', '-vf', filters, '-frames:v', str(seconds * FPS), *ENCODER,
+            '-map', '0:V:0', '-vf', filters + 'scale=out_range=limited', '-frames:v', str(seconds * FPS), *ENCODER,
             '-map_metadata', '-1', '-map_chapters', '-1', '-f', 'mp4', '-y', str(target)]
 
 
-def cut_clip(ffmpeg: str, video: Path, offset: int, seconds: int, target: Path) -> str | None:
+def cut_clip(video: Path, offset: int, seconds: int, target: Path, options: argparse.Namespace) -> str | None:
     """Cut one clip into `target`; return None, or the reason why it cannot be had from this video."""
     try:
-        done = subprocess.run(cut_command(ffmpeg, video, offset, seconds, target), capture_output=True,
-                              timeout=60 + 60 * (offset + seconds))  # 100 times what a slow machine needs
+        done = subprocess.run(cut_command(options.ffmpeg, video, offset, seconds, options.short_side, target),
+                              capture_output=True, timeout=60 + 60 * (offset + seconds))  # 100 times the usual
     except subprocess.TimeoutExpired:
         return 'unreadable video: ffmpeg hangs on it'
     if done.returncode:
         lines = done.stderr.decode(errors='replace').splitlines() or ['ffmpeg gives no reason']
-        return 'unreadable video: ' + re.sub(r'^\[.*? @ 0x\w+\] ', '', lines[0]).replace(f'file:{video}', '').strip(': ')
+        reason = re.sub(r'^\[.*? @ 0x\w+\] ', '', lines[0]).replace(f'file:{video}', '').strip(': ')
+        return f'unreadable video: {reason}'
     decord.logging.set_level(decord.logging.QUIET)
     try:
         frames = len(decord.VideoReader(str(target), num_threads=1))
@@ -179,40 +213,123 @@ def cut_clip(ffmpeg: str, video: Path, offset: int, seconds: int, target: Path) 
     return None
 
 
-def cut_video(video_id: str, sources: list[Source], seconds: list[int], folders: list[Path], root: Path,
-              ffmpeg: str, overwrite: bool) -> tuple[int, int, list[tuple]]:
-    """Cut all clips of one video; where a source fails, its seconds go to the next best one.
+def settle_video(video_id: str, sources: list[Source], seconds: set[int],
+                 attempt: Callable[[Source, int, int], str | None]) -> tuple[set[str], list[tuple]]:
+    """Get all clips of one video; where a source fails, its seconds go to the next best one.
 
-    Returns the number of clips cut now, the number that were there, and report rows for the seconds that have none.
+    `attempt(source, start, end)` gets one clip, or returns why it cannot be had. Returns the names of the clips, and
+    report rows for the seconds that have none.
     """
-    work, sources, reasons, fresh, kept = root / '.cut_kinetics', list(sources), {}, set(), set()
-    plan = plan_clips(sources, seconds)
-    while True:
+    sources, reasons, settled = list(sources), {}, False
+    while not settled:
+        plan, settled = plan_clips(sources, seconds), True
         for source, covered in plan.items():
-            start, end = clip_range(source, covered)
-            name = f'{video_id}_{start:06d}_{end:06d}.mp4'
-            if name in fresh:
-                continue
-            if (root / 'videos' / name).exists() and not overwrite:
-                kept.add(name)
-                continue
-            video = next((path for path in (folder / source.path for folder in folders) if path.is_file()), None)
-            problem = 'file missing: ' + source.path if video is None else cut_clip(
-                ffmpeg, video.absolute(), start - source.start, end - start, work / name)
+            problem = attempt(source, *clip_range(source, covered))
             if problem:
                 reasons.update({second: reasons.get(second, []) + [problem] for second in covered})
                 sources.remove(source)
+                settled = False
                 break
+    names = {clip_name(video_id, *clip_range(source, covered)) for source, covered in plan.items()}
+    return names, [(video_id, second, '; '.join(reasons.get(second, ['no listed video holds this second'])))
+                   for second in seconds.difference(*plan.values())]
+
+
+def cut_video(video_id: str, sources: list[Source], seconds: set[int], folders: list[Path], root: Path,
+              options: argparse.Namespace) -> tuple[int, int, list[tuple]]:
+    """Cut all clips of one video out of files: the number cut now, the number there before, and report rows."""
+    fresh = set()
+
+    def attempt(source: Source, start: int, end: int) -> str | None:
+        name = clip_name(video_id, start, end)
+        if name in fresh or (root / 'videos' / name).exists() and not options.overwrite:
+            return None
+        video = next((path for path in (folder / source.path for folder in folders) if path.is_file()), None)
+        if video is None:
+            return f'file missing: {source.path}'
+        problem = cut_clip(video.absolute(), start - source.start, end - start, root / WORK / name, options)
+        if not problem:
             fresh.add(name)
-        else:
-            break
-        plan = plan_clips(sources, seconds)
-    wanted = {'{}_{:06d}_{:06d}.mp4'.format(video_id, *clip_range(*item)) for item in plan.items()}
-    for name in wanted & fresh:
-        os.replace(work / name, root / 'videos' / name)
-    lost = set(seconds).difference(*plan.values())
-    return len(wanted & fresh), len(wanted & kept), [
-        (video_id, second, '; '.join(reasons.get(second, ['no listed video holds this second']))) for second in lost]
+        return problem
+
+    names, lost = settle_video(video_id, sources, seconds, attempt)
+    for name in names & fresh:
+        os.replace(root / WORK / name, root / 'videos' / name)
+    return len(names & fresh), len(names - fresh), lost
+
+
+patiently = tenacity.retry(stop=tenacity.stop_after_attempt(5), wait=tenacity.wait_random_exponential(max=20),
+                           retry=tenacity.retry_if_exception_type(ARCHIVE_ERRORS), reraise=True)
+
+
+def staged_clip(root: Path, split: str, key: tuple) -> Path:
+    """Where a clip out of an archive waits for the final plan; key: video, source start and end, clip start and end."""
+    return root / f'.cut_kinetics_{split}_staged' / '{}_{:06d}_{:06d}_{:06d}_{:06d}.mp4'.format(*key)
+
+
+def cut_archive(archive: str, keyframes: dict[str, set[int]], root: Path, options: argparse.Namespace
+                ) -> tuple[str, list[tuple], str | None]:
+    """Cut the clips of every wanted video in a tar archive, a file or URL, read once from front to back.
+
+    The sources in other archives are unknown here, so that every range is cut that the final plan may ask of a source,
+    one but for the videos with several annotated seconds (0.14 %), and staged under the source's name and its own.
+    Returns the archive, for every range (video, source start, source end, start, end, None or the reason of a failure),
+    and None or what stopped it.
+    """
+    results, work = {}, root / WORK / hashlib.sha256(archive.encode()).hexdigest()[:16]
+    work.mkdir()
+
+    def cut_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        name = SOURCE_NAME.fullmatch(member.name.rsplit('/', 1)[-1])
+        if not name or not member.isfile() or member.name.startswith('/') or '..' in member.name.split('/'):
+            return
+        source = Source(int(name['start']), int(name['end']), name[0])
+        held = [second for second in keyframes.get(name['id'], ()) if source.start <= second < source.end]
+        ranges = {clip_range(source, [first, last]) for first in held for last in held if first <= last}
+        keys = {(name['id'], source.start, source.end, *span) for span in ranges}
+        there = {key for key in keys if staged_clip(root, options.split, key).exists() or not options.overwrite
+                 and (root / 'videos' / clip_name(key[0], *key[3:])).exists()}
+        results.update({key: None for key in there})
+        wanted = keys - results.keys()
+        if wanted:
+            with open(work / name[0], 'wb') as file:
+                shutil.copyfileobj(tar.extractfile(member), file, 1 << 20)
+        for key in wanted:
+            offset, seconds, clip = key[3] - source.start, key[4] - key[3], work / clip_name(key[0], *key[3:])
+            results[key] = cut_clip(work / name[0], offset, seconds, clip, options)
+            if not results[key]:
+                os.replace(clip, staged_clip(root, options.split, key))
+        (work / name[0]).unlink(missing_ok=True)
+
+    @patiently
+    def read() -> None:
+        with fsspec.open(archive, 'rb').open() as file:
+            file.read = patiently(file.read)  # a dropped connection is taken up where it broke, if the server can
+            with tarfile.open(fileobj=file, mode='r|*', bufsize=1 << 20) as tar:
+                for member in tar:
+                    cut_member(tar, member)
+                    tar.members.clear()  # else memory grows with the archive
+
+    error = None
+    try:
+        read()
+    except ARCHIVE_ERRORS as stop:
+        error = f'{type(stop).__name__}: {stop}'.split('\n')[0]
+    shutil.rmtree(work)
+    return archive, [(*key, result) for key, result in results.items()], error
+
+
+def find_archives(names: list[str]) -> list[str]:
+    """The archives that --kinetics_archives names: files, URLs, glob patterns, and @FILE with one of these a line."""
+    archives = []
+    for name in names:
+        if name.startswith('@'):
+            archives += find_archives(Path(name[1:]).read_text().split('\n'))
+        elif '://' in name:
+            archives.append(name)
+        elif name:
+            archives += [os.path.abspath(path) for path in sorted(glob.glob(name)) or [name]]
+    return list(dict.fromkeys(archives))
 
 
 @contextlib.contextmanager
@@ -240,46 +357,114 @@ def write_report(path: Path, header: list[str], rows: list[tuple]) -> None:
     os.replace(path.with_suffix('.part'), path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    annotations = args.avakinetics_anotation / 'kinetics_train_v1.0.csv'
-    for path, hint in (annotations, 'do Step 2 or set --avakinetics_anotation'), (args.kinetics_list,
-                                                                                 'do Step 1 or set --kinetics_list'):
-        if not path.is_file():
-            sys.exit(f'error: {path} not found; {hint}')
-    if not shutil.which(args.ffmpeg):
-        sys.exit(f'error: {args.ffmpeg} is not a program; leave --ffmpeg away to use the one of imageio-ffmpeg')
-
-    keyframes, problems = read_keyframes(annotations)
-    sources, list_problems = read_sources(args.kinetics_list, keyframes)
+def cut_files(args: argparse.Namespace, keyframes: dict[str, set[int]]) -> tuple[int, int, list[tuple], list[tuple]]:
+    """Cut all clips out of the listed files: clips cut now, clips there before, rows on keyframes, rows on lines."""
+    if not args.kinetics_list.is_file():
+        sys.exit(f'error: {args.kinetics_list} not found; do Step 1 or set --kinetics_list')
+    sources, problems = read_sources(args.kinetics_list, keyframes)
     if not sources:
-        sys.exit(f'error: {args.kinetics_list} holds none of the {len(keyframes)} videos annotated in {annotations}; '
-                 'is it the list of the Kinetics-700 training videos?')
+        sys.exit(f'error: {args.kinetics_list} holds none of the {len(keyframes)} annotated videos; is it the list of '
+                 f'the Kinetics-700 {args.split} videos?')
     rows = [(video, second, 'video not in the list') for video in keyframes.keys() - sources.keys()
             for second in keyframes[video]]
-
-    root = args.avakinetics_root
-    (root / 'videos').mkdir(parents=True, exist_ok=True)
-    list_folder = args.kinetics_list.absolute().parent
-    folders = [Path.cwd(), list_folder, list_folder / 'videos_train']
+    folder = args.kinetics_list.absolute().parent
+    folders = [Path.cwd(), folder, folder / f'videos_{args.split}']
     cut = kept = 0
-    with workspace(root / '.cut_kinetics'):
-        tasks = (delayed(cut_video)(video, sources[video], sorted(keyframes[video]), folders, root.absolute(),
-                                    args.ffmpeg, args.overwrite) for video in sources)
-        results = Parallel(n_jobs=args.num_workers if args.num_workers > 0 else -1,
-                           return_as='generator_unordered')(tasks)
-        for fresh, there, lost in tqdm(results, total=len(sources), desc='cut', unit='video', delay=1):
-            cut, kept, rows = cut + fresh, kept + there, rows + lost
-    report = root / 'reports/cut_kinetics_train.csv'
-    write_report(report, ['video_id', 'timestamp', 'reason'], sorted(rows) + problems + list_problems)
+    tasks = (delayed(cut_video)(video, sources[video], keyframes[video], folders, args.avakinetics_root, args)
+             for video in sources)
+    results = Parallel(n_jobs=args.num_workers, return_as='generator_unordered')(tasks)
+    for fresh, there, lost in tqdm(results, total=len(sources), desc='cut', unit='video', delay=1):
+        cut, kept, rows = cut + fresh, kept + there, rows + lost
+    return cut, kept, rows, problems
+
+
+def cut_archives(args: argparse.Namespace, keyframes: dict[str, set[int]]) -> tuple[int, int, list[tuple], list[tuple]]:
+    """Cut all clips out of archives. A ledger says which ones were read to their end: these are not read again."""
+    root, results, finished, problems = args.avakinetics_root, {}, set(), []
+    identity = hashlib.sha256(repr(sorted((video, sorted(keyframes[video])) for video in keyframes)).encode()).hexdigest()
+    ledger = root / f'reports/cut_kinetics_{args.split}_archives.jsonl'
+    staged = root / f'.cut_kinetics_{args.split}_staged'
+
+    def note(cuts: list[tuple]) -> None:
+        for *key, problem in cuts:  # of two copies one has to succeed
+            results[tuple(key)] = problem if results.get(tuple(key), problem) else None
+
+    if args.overwrite:
+        shutil.rmtree(staged, ignore_errors=True)
+        ledger.unlink(missing_ok=True)
+    staged.mkdir(exist_ok=True)
+    ledger.parent.mkdir(exist_ok=True)
+    for line in open(ledger) if ledger.is_file() else ():
+        entry = json.loads(line) if line.endswith('\n') else {}  # the last line of a killed run may be torn
+        if entry.get('annotations') == identity:
+            finished.add(entry['archive'])
+            note(entry['cuts'])
+    archives = [archive for archive in find_archives(args.kinetics_archives) if archive not in finished]
+    answers = Parallel(n_jobs=args.num_workers, return_as='generator_unordered', pre_dispatch='n_jobs')(
+        delayed(cut_archive)(archive, keyframes, root, args) for archive in archives)
+    with open(ledger, 'a') as file:
+        for archive, cuts, error in tqdm(answers, total=len(archives), desc='read', unit='archive', delay=1):
+            note(cuts)
+            if error:
+                problems.append(('', '', f'unreadable archive: {archive}: {error}'))
+            else:
+                file.write(json.dumps(dict(annotations=identity, archive=archive, cuts=cuts)) + '\n')
+                file.flush()
+
+    sources, ranges, cut, kept = {}, {}, 0, 0
+    for video, first, last, start, end in sorted(results):
+        sources.setdefault(video, {})[Source(first, last, '')] = None
+        ranges.setdefault(video, set()).add(clip_name(video, start, end))
+    rows = [(video, second, 'video in no archive that was read') for video in keyframes.keys() - sources.keys()
+            for second in keyframes[video]]
+    for video, found in sources.items():
+        chosen = {}
+
+        def attempt(source: Source, start: int, end: int) -> str | None:
+            key = video, source.start, source.end, start, end
+            clip = chosen[clip_name(video, start, end)] = staged_clip(root, args.split, key)
+            if results.get(key) or clip.exists() or (root / 'videos' / clip_name(video, start, end)).exists():
+                return results.get(key)
+            return 'clip gone: it was cut and deleted; run again with --overwrite'
+
+        names, lost = settle_video(video, list(found), keyframes[video], attempt)
+        rows += lost
+        for name in names:
+            fresh = chosen[name].exists() and (args.overwrite or not (root / 'videos' / name).exists())
+            if fresh:
+                os.replace(chosen[name], root / 'videos' / name)
+            cut, kept = cut + fresh, kept + (not fresh)
+        for name in ranges[video] - names:  # chosen before the archive was read that has a better source
+            (root / 'videos' / name).unlink(missing_ok=True)
+    if not problems:  # else an archive that is read later may change the plan
+        shutil.rmtree(staged)
+    return cut, kept, rows, problems
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    annotations = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
+    if not annotations.is_file():
+        sys.exit(f'error: {annotations} not found; do Step 2 or set --avakinetics_anotation')
+    if not shutil.which(args.ffmpeg):
+        sys.exit(f'error: {args.ffmpeg} is not a program; leave --ffmpeg away to use the one of imageio-ffmpeg')
+    keyframes, unpeopled, problems = read_keyframes(annotations)
+    root = args.avakinetics_root = args.avakinetics_root.absolute()
+    with workspace(root / WORK):
+        (root / 'videos').mkdir(exist_ok=True)
+        cut, kept, rows, others = (cut_archives if args.kinetics_archives else cut_files)(args, keyframes)
+    report = root / f'reports/cut_kinetics_{args.split}.csv'
+    write_report(report, ['video_id', 'timestamp', 'reason'], sorted(rows) + problems + others)
 
     total = sum(map(len, keyframes.values()))
     print(f'{cut + kept} clips in {root / "videos"} ({cut} cut now, {kept} there already) '
           f'for {total - len(rows)} of {total} annotated keyframes')
     for reason, count in Counter(row[2].split(':')[0] for row in rows).most_common():
         print(f'  {count} keyframes left out: {reason}')
-    for reason, count in Counter(row[2].split(':')[0] for row in problems + list_problems).items():
-        print(f'  {count} lines skipped: {reason}')
+    if unpeopled:
+        print(f'  {unpeopled} keyframes without people: nothing to cut')
+    for reason, count in Counter(row[2].split(':')[0] for row in problems + others).items():
+        print(f'  {count} lines or archives skipped: {reason}')
     print(f'  report: {report}')
     if not cut + kept:
         sys.exit('error: not one clip could be cut; the report says why')
@@ -291,3 +476,5 @@ if __name__ == '__main__':
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # a full disk, missing permissions
+        sys.exit(f'error: {error}; mend it, then the same command continues')

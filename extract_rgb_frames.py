@@ -48,7 +48,7 @@ def frame_names(clip: str) -> set[str]:
 
 
 def extract_clip(clip: str, root: Path, ffmpeg: str, overwrite: bool) -> tuple[str, str, str]:
-    """Extract one clip's frames into their folder; return the clip, 'extracted', 'kept' or 'failed', and why it failed."""
+    """Extract one clip's frames into their folder: the clip, 'extracted', 'kept' or 'failed', and why it failed."""
     video, frames, work = root / f'videos/{clip}.mp4', root / 'rawframes' / clip, root / '.extract_rgb_frames' / clip
     expected = frame_names(clip)
     if frames.is_dir() and not overwrite and expected <= set(os.listdir(frames)):
@@ -65,10 +65,10 @@ def extract_clip(clip: str, root: Path, ffmpeg: str, overwrite: bool) -> tuple[s
     made = set(os.listdir(work))
     if done.returncode and not made:
         lines = done.stderr.decode(errors='replace').splitlines() or ['ffmpeg gives no reason']
-        return clip, 'failed', 'unreadable clip: ' + re.sub(r'^\[.*? @ 0x\w+\] ', '', lines[0]).replace(
-            f'file:{video}', '').strip(': ')
+        reason = re.sub(r'^\[.*? @ 0x\w+\] ', '', lines[0]).replace(f'file:{video}', '').strip(': ')
+        return clip, 'failed', f'unreadable clip: {reason}'
     if made != expected:
-        return clip, 'failed', f'wrong number of frames: {len(made)} instead of {len(expected)}; cut it again with Step 3'
+        return clip, 'failed', f'wrong number of frames: {len(made)} instead of {len(expected)}; cut it again, Step 3'
     if frames.exists():
         os.replace(frames, f'{work}.old')
     os.replace(work, frames)
@@ -142,3 +142,5 @@ if __name__ == '__main__':
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # a full disk, missing permissions
+        sys.exit(f'error: {error}; mend it, then the same command continues')

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Step 6: detect the people on the annotated keyframes.
 
-Reads ROOT/kinetics_train.csv and ROOT/rawframes, runs a person detector of mmdetection on every annotated keyframe and
-on the seconds before and after it, and writes ROOT/kinetics_proposal.pkl: a dict with keys '<video_id>,<second:04d>'
+Reads ROOT/kinetics_train.csv and ROOT/rawframes, or ROOT/videos where a clip has no raw frames, runs a person detector
+of mmdetection on every annotated keyframe and on the seconds before and after it, and writes ROOT/kinetics_proposal.pkl: a dict with keys '<video_id>,<second:04d>'
 and values float64 (n, 5) of x1, y1, x2, y2, score, relative to the frame, score > 0.7. A frame without people has no
 key. Frames that could not be read are in ROOT/reports/fetch_proposal_train.csv. Run it again to continue after an
 interruption.
@@ -26,6 +26,7 @@ from collections import Counter
 from pathlib import Path
 
 import cv2
+import decord
 import numpy as np
 from tqdm import tqdm
 
@@ -45,10 +46,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
                         help='folder of the data set that is made')
+    parser.add_argument('--split', choices=['train', 'val'], default='train', help='part of AVA-Kinetics')
     parser.add_argument('--datalist', type=Path, metavar='CSV', default=argparse.SUPPRESS,
-                        help='annotations written by Step 5 (default: ROOT/kinetics_train.csv)')
+                        help='annotations written by Step 5 (default: ROOT/kinetics_train.csv, or ..._val.csv)')
     parser.add_argument('--picklepath', type=Path, metavar='PKL', default=argparse.SUPPRESS,
-                        help='where the proposals go (default: ROOT/kinetics_proposal.pkl)')
+                        help='where the proposals go (default: ROOT/kinetics_proposal.pkl, or ..._val_proposal.pkl)')
     parser.add_argument('--config', type=Path, metavar='PY', default=Path(__file__).with_name('X-101-64x4d-FPN.py'),
                         help='mmdetection config of the detector')
     parser.add_argument('--checkpoint', metavar='PTH', default=CHECKPOINT, help="file or URL of the detector's weights")
@@ -78,18 +80,13 @@ def read_datalist(path: Path) -> tuple[dict[tuple[str, int], list], list[tuple]]
     return keyframes, problems
 
 
-def frame_path(clip: str, second: int) -> str:
-    """The frame of a second, relative to ROOT/rawframes."""
-    return f'{clip}/img_{(second - int(clip[-13:-7])) * FPS + 1:05d}.jpg'
-
-
-def plan_frames(keyframes: list[tuple[str, int]], neighbors: int) -> dict[str, str]:
-    """Proposal key -> frame, for every keyframe and its neighbours within the clip; keyframes come first."""
+def plan_frames(keyframes: list[tuple[str, int]], neighbors: int) -> dict[str, tuple[str, int]]:
+    """Proposal key -> clip and second, for every keyframe and its neighbours within the clip; keyframes come first."""
     frames = {}
     for distance in sorted(range(-neighbors, neighbors + 1), key=abs):
         for clip, second in keyframes:
             if int(clip[-13:-7]) <= second + distance < int(clip[-6:]):
-                frames.setdefault(f'{clip[:-14]},{second + distance:04d}', frame_path(clip, second + distance))
+                frames.setdefault(f'{clip[:-14]},{second + distance:04d}', (clip, second + distance))
     return dict(sorted(frames.items(), key=lambda item: item[1]))
 
 
@@ -148,16 +145,27 @@ def load_detector(config, checkpoint: Path, device: str):
     return model.to(device).eval()
 
 
-def read_frame(path: Path) -> np.ndarray | str:
-    """A frame as BGR uint8 (H, W, 3), or the reason why it cannot be read."""
+def read_frame(root: Path, clip: str, second: int) -> np.ndarray | str:
+    """The keyframe of a second as BGR uint8 (H, W, 3), or the reason why it cannot be read.
+
+    It comes from the clip's raw frames or, where the clip has none, out of its video.
+    """
+    index = (second - int(clip[-13:-7])) * FPS
+    name, video = f'{clip}/img_{index + 1:05d}.jpg', root / f'videos/{clip}.mp4'
+    if video.is_file() and not (root / 'rawframes' / clip).is_dir():
+        decord.logging.set_level(decord.logging.QUIET)
+        try:
+            return np.ascontiguousarray(decord.VideoReader(str(video), num_threads=1)[index].asnumpy()[..., ::-1])
+        except (decord.DECORDError, RuntimeError, IndexError):
+            return f'unreadable frame: number {index + 1} of {video.name}'
     try:
-        data = path.read_bytes()
+        data = (root / 'rawframes' / name).read_bytes()
     except OSError as error:
-        return f'unreadable frame: {error.strerror}'
+        return f'unreadable frame: {error.strerror} {name}'
     if not data.rstrip(b'\0').endswith(b'\xff\xd9'):  # OpenCV fills the rest of a truncated JPEG with grey
-        return 'unreadable frame: truncated or no JPEG'
+        return f'unreadable frame: truncated or no JPEG {name}'
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    return 'unreadable frame: broken JPEG' if image is None else image
+    return f'unreadable frame: broken JPEG {name}' if image is None else image
 
 
 def detect_people(model, image: np.ndarray) -> np.ndarray:
@@ -170,18 +178,18 @@ def detect_people(model, image: np.ndarray) -> np.ndarray:
     return np.hstack([boxes, found.scores[chosen, None].astype(np.float64)])
 
 
-def detect_shard(model, root: Path, frames: dict[str, str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def detect_shard(model, root: Path, frames: dict[str, tuple[str, int]]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Proposals of the frames by key, and the reasons for the frames that cannot be read."""
     proposals, problems = {}, {}
-    for key, frame in frames.items():
-        image = read_frame(root / 'rawframes' / frame)
+    for key, (clip, second) in frames.items():
+        image = read_frame(root, clip, second)
         if isinstance(image, str):
-            problems[key] = f'{image} {frame}'
+            problems[key] = image
             continue
         try:
             people = detect_people(model, image)
         except Exception as error:  # whatever an arbitrary model raises: out of memory, CUDA errors, wrong shapes
-            sys.exit(f'error: the detector failed on {frame}: {type(error).__name__}: {error}'.split('\n')[0]
+            sys.exit(f'error: the detector failed on {clip} at {second} s: {type(error).__name__}: {error}'.split('\n')[0]
                      + '; what is done is saved, the same command continues')
         if len(people):
             proposals[key] = people
@@ -239,7 +247,7 @@ def draw_preview(path: Path, root: Path, keyframes: dict[tuple[str, int], list],
         clip, second = names[index]
         tile = np.full((tile_height, tile_width, 3), dark, np.uint8)
         cv2.putText(tile, f'{clip} at {second} s', (5, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.45, white, 1, cv2.LINE_AA)
-        image = read_frame(root / 'rawframes' / frame_path(clip, second))
+        image = read_frame(root, clip, second)
         if not isinstance(image, str):
             scale = min((tile_width - 6) / image.shape[1], (tile_height - margin) / image.shape[0])
             image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
@@ -265,13 +273,14 @@ def draw_preview(path: Path, root: Path, keyframes: dict[tuple[str, int], list],
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     root = args.avakinetics_root
-    datalist = getattr(args, 'datalist', root / 'kinetics_train.csv')
-    target = getattr(args, 'picklepath', root / 'kinetics_proposal.pkl')
+    datalist = getattr(args, 'datalist', root / f'kinetics_{args.split}.csv')
+    part = '' if args.split == 'train' else '_val'
+    target = getattr(args, 'picklepath', root / f'kinetics{part}_proposal.pkl')
     preview = getattr(args, 'preview', None)
     if not datalist.is_file():
         sys.exit(f'error: {datalist} not found; do Step 5 (prepare_annotation.py) or set --datalist')
-    if not (root / 'rawframes').is_dir():
-        sys.exit(f'error: {root / "rawframes"} not found; do Step 4 (extract_rgb_frames.py) or set --avakinetics_root')
+    if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
+        sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
     if not args.config.is_file():
         sys.exit(f'error: {args.config} not found; set --config to an mmdetection config')
     if preview and not cv2.haveImageWriter(preview.name):
@@ -319,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
             unreadable.update(failed)
             bar.update(min(SHARD, len(keys) - index))
 
-    report = root / 'reports/fetch_proposal_train.csv'
+    report = root / f'reports/fetch_proposal_{args.split}.csv'
     report.parent.mkdir(exist_ok=True)
     rows = sorted((*key.rsplit(',', 1), reason) for key, reason in unreadable.items()) + problems
     with open(report.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
@@ -351,3 +360,5 @@ if __name__ == '__main__':
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # a full disk, missing permissions
+        sys.exit(f'error: {error}; mend it, then the same command continues')

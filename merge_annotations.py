@@ -6,6 +6,9 @@ puts the Kinetics rows before AVA's in annotations/ava_train_v2.2.csv and the pr
 annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl; where keys collide, AVA's stay. AVA's own two files are kept
 beside them as *.ava_only.csv and *.ava_only.pkl, and every merge starts from these: merging twice is merging once.
 
+With --split val, AVA's files stay as they are, so that published AVA figures can still be reproduced: both parts go into
+new files, annotations/ava_kinetics_val_v2.2.csv and annotations/ava_kinetics_dense_proposals_val.pkl.
+
     cp -r $MMACTION2/data/ava/annotations/ $MMACTION2/data/ava_kinetics/
     python3 merge_annotations.py --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
@@ -23,8 +26,13 @@ from typing import Iterator
 import numpy as np
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
-AVA_CSV = 'ava_train_v2.2.csv'
-AVA_PROPOSALS = 'ava_dense_proposals_train.FAIR.recall_93.9.pkl'
+# split -> Kinetics' rows and proposals in ROOT, AVA's in ROOT/annotations, the merged ones in ROOT/annotations
+FILES = {'train': (('kinetics_train.csv', 'kinetics_proposal.pkl'),
+                   ('ava_train_v2.2.csv', 'ava_dense_proposals_train.FAIR.recall_93.9.pkl'),
+                   ('ava_train_v2.2.csv', 'ava_dense_proposals_train.FAIR.recall_93.9.pkl')),
+         'val': (('kinetics_val.csv', 'kinetics_val_proposal.pkl'),
+                 ('ava_val_v2.2.csv', 'ava_dense_proposals_val.FAIR.recall_93.9.pkl'),
+                 ('ava_kinetics_val_v2.2.csv', 'ava_kinetics_dense_proposals_val.pkl'))}
 VIDEO = re.compile(r'[A-Za-z0-9_-]{11}')
 CLIP = re.compile(r'[A-Za-z0-9_-]{11}_\d{6}_\d{6}')
 
@@ -34,6 +42,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
                         help='folder of the data set that is made')
+    parser.add_argument('--split', choices=['train', 'val'], default='train', help='part of AVA-Kinetics')
     return parser.parse_args(argv)
 
 
@@ -103,37 +112,33 @@ def read_proposals(path: Path, problems: list[tuple]) -> dict[str, np.ndarray]:
     return proposals
 
 
-def keep_original(path: Path) -> Path:
-    """AVA's own file beside the merged one, made at the first merge."""
-    original = path.with_suffix('.ava_only' + path.suffix)
-    if not original.exists():
-        part = original.with_name(original.name + '.part')
-        shutil.copy2(path, part)
-        os.replace(part, original)
-    return original
+def original_of(path: Path) -> Path:
+    """Where the first merge keeps AVA's own file."""
+    return path.with_suffix('.ava_only' + path.suffix)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    root = args.avakinetics_root
-    merged_csv, merged_pickle = root / 'annotations' / AVA_CSV, root / 'annotations' / AVA_PROPOSALS
+    root, notes = args.avakinetics_root, args.avakinetics_root / 'annotations'
+    (rows_name, proposals_name), own_names, merged_names = FILES[args.split]
     copy_ava = f"copy AVA's annotation folder: cp -r {MMACTION2}/data/ava/annotations/ {root}/"
-    for path, hint in ((root / 'kinetics_train.csv', 'do Step 5 (prepare_annotation.py) or set --avakinetics_root'),
-                       (root / 'kinetics_proposal.pkl', 'do Step 6 (fetch_proposal.py) first'),
-                       (merged_csv, copy_ava), (merged_pickle, copy_ava)):
+    for path, hint in ((root / rows_name, 'do Step 5 (prepare_annotation.py) or set --avakinetics_root'),
+                       (root / proposals_name, 'do Step 6 (fetch_proposal.py) first'),
+                       *((notes / name, copy_ava) for name in own_names)):
         if not path.is_file():
             sys.exit(f'error: {path} not found; {hint}')
+    own_csv, own_pickle = (original_of(notes / name) if original_of(notes / name).exists() else notes / name
+                           for name in own_names)
+    merged_csv, merged_pickle = (notes / name for name in merged_names)
 
     problems = []
-    kinetics = list(read_rows(root / 'kinetics_train.csv', CLIP, problems))
-    own_csv, own_pickle = (path if not path.with_suffix('.ava_only' + path.suffix).exists()
-                           else path.with_suffix('.ava_only' + path.suffix) for path in (merged_csv, merged_pickle))
+    kinetics = list(read_rows(root / rows_name, CLIP, problems))
     ava = list(read_rows(own_csv, re.compile(f'{VIDEO.pattern}|{CLIP.pattern}'), problems))
     if any(CLIP.fullmatch(name) for name, _ in ava):
         sys.exit(f'error: {own_csv} holds Kinetics rows already, merged by another program; {copy_ava}')
-    proposals = read_proposals(root / 'kinetics_proposal.pkl', problems)
+    proposals = read_proposals(root / proposals_name, problems)
     ava_proposals = read_proposals(own_pickle, problems)
-    for path, rows in (root / 'kinetics_train.csv', kinetics), (own_csv, ava):
+    for path, rows in (root / rows_name, kinetics), (own_csv, ava):
         if not rows:
             sys.exit(f'error: {path} holds no row of annotations; make it anew')
     collisions = len(proposals.keys() & ava_proposals.keys())
@@ -146,11 +151,14 @@ def main(argv: list[str] | None = None) -> None:
     Pickler(buffer, protocol=4).dump(proposals)
     parts[1].write_bytes(buffer.getvalue())
     for path in merged_csv, merged_pickle:
-        keep_original(path)
+        if args.split == 'train' and not original_of(path).exists():
+            copy = path.with_name(path.name + '.copy')
+            shutil.copy2(path, copy)
+            os.replace(copy, original_of(path))
     for part, path in zip(parts, (merged_csv, merged_pickle)):
         os.replace(part, path)
 
-    report = root / 'reports/merge_annotations_train.csv'
+    report = root / f'reports/merge_annotations_{args.split}.csv'
     report.parent.mkdir(exist_ok=True)
     with open(report.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
         csv.writer(file, lineterminator='\n').writerows([('video_id', 'timestamp', 'reason'), *problems])
@@ -173,3 +181,5 @@ if __name__ == '__main__':
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # a full disk, missing permissions
+        sys.exit(f'error: {error}; mend it, then the same command continues')

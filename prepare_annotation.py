@@ -2,9 +2,10 @@
 """Step 5: write the annotations of the clips that are there, as MMAction2 reads them.
 
 Reads the AVA-Kinetics annotations (kinetics_train_v1.0.csv) and the clip folders in ROOT/rawframes, whatever made
-them, and writes ROOT/kinetics_train.csv: a row `<clip>,<second>,x1,y1,x2,y2,action_id,-1` for each annotation, in the
-order of the annotation file, on the clip in which its keyframe is most centred. A clip that lacks frames is not used.
-What could not be used is in ROOT/reports/prepare_annotation_train.csv with its reason.
+them, or the clips in ROOT/videos where no raw frames were made, and writes ROOT/kinetics_train.csv: a row
+`<clip>,<second>,x1,y1,x2,y2,action_id,-1` for each annotation, in the order of the annotation file, on the clip in
+which its keyframe is most centred. A clip that lacks frames is not used. What could not be used is in
+ROOT/reports/prepare_annotation_train.csv with its reason. With `--split val`, all names have val in place of train.
 
     python3 prepare_annotation.py --avakinetics_anotation=./ava_kinetics_v1_0 \\
         --avakinetics_root=$MMACTION2/data/ava_kinetics
@@ -18,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Iterator
 
+import decord
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
@@ -36,6 +38,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help='folder of the AVA-Kinetics annotations')
     parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
                         help='folder of the data set that is made')
+    parser.add_argument('--split', choices=['train', 'val'], default='train', help='part of AVA-Kinetics')
     parser.add_argument('--num_workers', type=int, default=-1, metavar='N', help='parallel processes; -1: all CPUs')
     return parser.parse_args(argv)
 
@@ -74,26 +77,40 @@ def read_annotations(path: Path) -> Iterator[tuple | str]:
                     yield f'malformed annotation: line {number}: {error}'
 
 
-def missing_frames(folders: list[Path]) -> list[str | None]:
-    """For each clip folder what it lacks, or None where all frames that its name promises are there."""
+def missing_frames(clips: list[Path]) -> list[str | None]:
+    """For each clip, a folder or a video, what it lacks, or None where all frames that its name promises are there."""
+    decord.logging.set_level(decord.logging.QUIET)
     answers = []
-    for folder in folders:
-        name = CLIP_NAME.fullmatch(folder.name)
+    for clip in clips:
+        name = CLIP_NAME.fullmatch(clip.stem)
         total = (int(name['end']) - int(name['start'])) * FPS
         try:
-            present = set(os.listdir(folder))
+            if clip.suffix:
+                count = len(decord.VideoReader(str(clip), num_threads=1))
+                answers.append(f'frames missing: {total - count} of {total}' if count < total else None)
+                continue
+            present = set(os.listdir(clip))
         except OSError as error:
-            answers.append(f'unreadable clip folder: {error.strerror}')
+            answers.append(f'unreadable clip: {error.strerror}')
+            continue
+        except (decord.DECORDError, RuntimeError):
+            answers.append('unreadable clip: no video')
             continue
         missing = [index for index in range(1, total + 1) if f'img_{index:05d}.jpg' not in present]
         answers.append(f'frames missing: {len(missing)} of {total}, first img_{missing[0]:05d}.jpg' if missing else None)
     return answers
 
 
-def find_clips(rawframes: Path, videos: set[str]) -> list[str]:
-    """Names of the clip folders that belong to one of the videos; AVA's folders have other names and are left alone."""
-    names = (CLIP_NAME.fullmatch(entry.name) for entry in os.scandir(rawframes))
-    return sorted(name[0] for name in names if name and name['id'] in videos and name['start'] < name['end'])
+def find_clips(root: Path, videos: set[str]) -> list[Path]:
+    """The clips of the videos in ROOT/rawframes or, where none has raw frames, in ROOT/videos. AVA's have other names."""
+    for folder, suffix in (root / 'rawframes', ''), (root / 'videos', '.mp4'):
+        names = (os.path.splitext(entry.name) for entry in os.scandir(folder)) if folder.is_dir() else ()
+        names = [(CLIP_NAME.fullmatch(name), extension) for name, extension in names]
+        clips = sorted(name[0] for name, extension in names if name and extension == suffix
+                       and name['id'] in videos and name['start'] < name['end'])
+        if clips:
+            return [folder / (clip + suffix) for clip in clips]
+    return []
 
 
 def choose_clip(clips: list[tuple[int, int, str]], second: int) -> str | None:
@@ -104,33 +121,32 @@ def choose_clip(clips: list[tuple[int, int, str]], second: int) -> str | None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    root, annotations = args.avakinetics_root, args.avakinetics_anotation / 'kinetics_train_v1.0.csv'
+    root, annotations = args.avakinetics_root, args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
     if not annotations.is_file():
         sys.exit(f'error: {annotations} not found; do Step 2 or set --avakinetics_anotation')
-    if not (root / 'rawframes').is_dir():
-        sys.exit(f'error: {root / "rawframes"} not found; do Step 4 (extract_rgb_frames.py) or set --avakinetics_root')
+    if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
+        sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
 
     videos = {row[0] for row in read_annotations(annotations) if isinstance(row, tuple) and row[2]}
-    names = find_clips(root / 'rawframes', videos)
-    if not names:
-        sys.exit(f'error: {root / "rawframes"} holds no clip of the {len(videos)} videos annotated in {annotations}; '
-                 'do Step 4 (extract_rgb_frames.py) first')
-    folders = [root / 'rawframes' / name for name in names]
-    batches = [folders[index:index + BATCH] for index in range(0, len(folders), BATCH)]
+    clips = find_clips(root, videos)
+    if not clips:
+        sys.exit(f'error: {root} holds no clip of the {len(videos)} videos annotated in {annotations}; '
+                 'do Step 3 (cut_kinetics.py) first')
+    batches = [clips[index:index + BATCH] for index in range(0, len(clips), BATCH)]
     results = Parallel(n_jobs=args.num_workers if args.num_workers > 0 else -1, return_as='generator')(
         delayed(missing_frames)(batch) for batch in batches)
     problems = []
-    with tqdm(total=len(names), desc='look through', unit='clip', delay=1) as bar:
+    with tqdm(total=len(clips), desc='look through', unit='clip', delay=1) as bar:
         for answers in results:
             problems += answers
             bar.update(len(answers))
 
     usable, unusable = {}, {}
-    for name, problem in zip(names, problems):
+    problems = dict(zip((clip.stem for clip in clips), problems))
+    for name, problem in problems.items():
         clip = (int(name[-13:-7]), int(name[-6:]), name)
         (unusable if problem else usable).setdefault(name[:-14], []).append(clip)
-    problems = dict(zip(names, problems))
-    target, rows, lost, malformed = root / 'kinetics_train.csv', 0, {}, []
+    target, rows, lost, malformed = root / f'kinetics_{args.split}.csv', 0, {}, []
     keyframes, unpeopled, used = set(), set(), set()
     with open(target.with_suffix('.part'), 'w') as file:
         for row in read_annotations(annotations):
@@ -156,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         os.replace(target.with_suffix('.part'), target)
 
-    report = root / 'reports/prepare_annotation_train.csv'
+    report = root / f'reports/prepare_annotation_{args.split}.csv'
     report.parent.mkdir(exist_ok=True)
     with open(report.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
         csv.writer(file, lineterminator='\n').writerows(
@@ -165,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     if not rows:
         sys.exit(f'error: not one annotation has its frames; {report} says why')
     print(f'{rows} rows in {target}: {len(keyframes)} of {len(keyframes) + len(lost)} annotated keyframes, '
-          f'on {len(used)} clips')
+          f'on {len(used)} clips, by their {"raw frames" if clips[0].suffix == "" else "videos"}')
     for reason, count in Counter(reason.split(':')[0] for reason in lost.values()).most_common():
         print(f'  {count} keyframes left out: {reason}')
     if unpeopled:
@@ -181,3 +197,5 @@ if __name__ == '__main__':
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # a full disk, missing permissions
+        sys.exit(f'error: {error}; mend it, then the same command continues')

@@ -88,8 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     root, ava = args.avakinetics_root, args.ava_root.absolute() / 'rawframes'
     if not ava.is_dir():
         sys.exit(f'error: {ava} not found; extract the frames of AVA or set --ava_root')
-    if not (root / 'rawframes').is_dir():
-        sys.exit(f'error: {root / "rawframes"} not found; do Step 4 (extract_rgb_frames.py) or set --avakinetics_root')
+    if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
+        sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
+    (root / 'rawframes').mkdir(exist_ok=True)  # without raw frames of Kinetics, AVA's are the first
     videos = sorted(entry.name for entry in os.scandir(ava) if entry.is_dir())
     if not videos:
         sys.exit(f'error: {ava} holds no folder of frames; extract the frames of AVA or set --ava_root')
@@ -107,10 +108,14 @@ def main(argv: list[str] | None = None) -> None:
     annotations = root / 'annotations/ava_train_v2.2.csv'
     if not annotations.is_file():
         sys.exit(f'error: {annotations} not found, so the data set cannot be checked; do Step 7 (merge_annotations.py)')
-    annotated, rows, clips = read_annotated(annotations), [], 0
+    annotated, rows = read_annotated(annotations), []
+    clips = sum(bool(CLIP_NAME.fullmatch(name)) for name in annotated)
+    raw = any(CLIP_NAME.fullmatch(entry.name) for entry in os.scandir(root / 'rawframes'))
     for name, seconds in tqdm(annotated.items(), desc='check', unit='clip', delay=1):
-        problem = missing_frames(root / 'rawframes' / name, seconds)
-        clips += bool(CLIP_NAME.fullmatch(name))
+        if CLIP_NAME.fullmatch(name) and not raw:  # no raw frames were made: training reads the clips
+            problem = None if (root / f'videos/{name}.mp4').is_file() else 'clip missing: No such file or directory'
+        else:
+            problem = missing_frames(root / 'rawframes' / name, seconds)
         if problem:
             rows.append((name, problem))
     report = root / 'reports/softlink_ava.csv'
@@ -127,7 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     if rows:
         print(f'  {len(rows)} of {len(annotated)} lack frames, so training would stop at them; report: {report}')
         sys.exit(f'error: the data set is not complete; {rows[0][0]}: {rows[0][1]}')
-    print(f'  all {len(annotated)} have their frames: ready for training')
+    print(f'  all {len(annotated)} have their frames: ready for training'
+          + ('' if raw else ', the Kinetics part from its videos (README: Without raw frames)'))
 
 
 if __name__ == '__main__':
@@ -136,3 +142,5 @@ if __name__ == '__main__':
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # a full disk, missing permissions
+        sys.exit(f'error: {error}; mend it, then the same command continues')

@@ -38,7 +38,7 @@ def write_job(annotations: Path, kinetics: Path, copies: int, folder: Path) -> t
 
 def plan(annotations: Path, listing: Path, queue) -> None:
     start = time.perf_counter()
-    keyframes, _ = cut_kinetics.read_keyframes(annotations)
+    keyframes, _, _ = cut_kinetics.read_keyframes(annotations)
     sources, _ = cut_kinetics.read_sources(listing, keyframes)
     planned = sum(len(seconds) for video in sources
                   for seconds in cut_kinetics.plan_clips(sources[video], list(keyframes[video])).values())

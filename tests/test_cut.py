@@ -208,7 +208,7 @@ def test_the_right_spelling_and_the_documented_defaults_work(world):
 def test_errors_say_what_to_do(world):
     assert 'do Step 2' in errors(cut(world, code=1))
     make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': None}, annotation_rows('bbbbbbbbbbb', 105))
-    assert 'holds none of the 1 videos' in errors(cut(world, code=1))
+    assert 'holds none of the 1 annotated videos' in errors(cut(world, code=1))
     make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': None}, annotation_rows('aaaaaaaaaaa', 105))
     assert 'is not a program' in errors(cut(world, '--ffmpeg=/no/ffmpeg', code=1))
     assert 'not one clip could be cut' in errors(cut(world, code=1))

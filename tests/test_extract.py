@@ -68,7 +68,7 @@ def test_bad_clips_cost_themselves_only(root):
     done = run('extract_rgb_frames.py', f'--avakinetics_root={root}')
     assert '2 of 4 clips' in done.stdout
     rows = dict(read_csv(root / 'reports/extract_rgb_frames.csv'))
-    assert rows['SHORT-SHORT_000000_000003'] == 'wrong number of frames: 60 instead of 90; cut it again with Step 3'
+    assert rows['SHORT-SHORT_000000_000003'] == 'wrong number of frames: 60 instead of 90; cut it again, Step 3'
     assert rows['EMPTY-EMPTY_000000_000002'].startswith('unreadable clip: ')
     assert rows['notes.txt'].startswith('not a clip')
     assert len(list((root / 'rawframes').iterdir())) == 2

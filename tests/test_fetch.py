@@ -204,7 +204,7 @@ class Evil:
 def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path):
     root = fetched[0]
     assert 'do Step 5' in errors(fetch(root, f'--datalist={tmp_path}/none.csv', code=1))
-    assert 'do Step 4' in errors(fetch(tmp_path, f'--datalist={root}/kinetics_train.csv', code=1))
+    assert 'do Step 3' in errors(fetch(tmp_path, f'--datalist={root}/kinetics_train.csv', code=1))
     (tmp_path / 'empty.csv').touch()
     assert 'holds no annotated keyframe' in errors(fetch(root, f'--datalist={tmp_path}/empty.csv', code=1))
     assert 'set --config' in errors(fetch(root, '--config=none.py', code=1))

@@ -2,8 +2,6 @@
 import os
 import pickle
 import pickletools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -182,6 +180,6 @@ def test_link_errors_say_what_to_do(worlds, tmp_path):
     assert 'set --ava_root' in errors(link(root, tmp_path / 'none', code=1))
     (tmp_path / 'bare/rawframes').mkdir(parents=True)
     assert 'holds no folder' in errors(link(root, tmp_path / 'bare', code=1))
-    assert 'do Step 4' in errors(link(tmp_path / 'bare2', ava, code=1))
+    assert 'do Step 3' in errors(link(tmp_path / 'bare2', ava, code=1))
     (root / CSV).unlink()
     assert 'do Step 7' in errors(link(root, ava, code=1))

@@ -62,7 +62,7 @@ def test_other_programs_frames_and_ava_links_do_no_harm(world):
     assert len(read_csv(world / 'root/kinetics_train.csv')) == 1
     assert reasons(world) == {
         ('-5KQ66BBWC4', '1000'): 'no clip holds this keyframe',
-        ('aaaaaaaaaaa', '205'): 'unreadable clip folder: No such file or directory in aaaaaaaaaaa_000203_000207'}
+        ('aaaaaaaaaaa', '205'): 'unreadable clip: No such file or directory in aaaaaaaaaaa_000203_000207'}
 
 
 @pytest.mark.parametrize('text', [b'\xef\xbb\xbf%s', b'%s\r\n\r\n', b'"aaaaaaaaaaa","105","0.1","0.2","0.5","0.9","12"\n%s'])
@@ -96,7 +96,7 @@ def test_second_run_changes_nothing(world):
 def test_errors_say_what_to_do(world):
     assert 'do Step 2' in errors(prepare(world, code=1))
     annotate(world, annotation_rows('aaaaaaaaaaa', 105))
-    assert 'do Step 4' in errors(prepare(world, code=1))
+    assert 'do Step 3' in errors(prepare(world, code=1))
     (world / 'root/rawframes').mkdir()
     assert 'holds no clip of the 1 videos' in errors(prepare(world, code=1))
     empty_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107', 119)

@@ -1,0 +1,161 @@
+"""The route without raw frames and the validation split, up to MMAction2's own data set and metric."""
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import cv2
+import mmaction
+import numpy as np
+import pytest
+from mmengine import Config
+from mmengine.registry import init_default_scope
+
+import demo
+import draw
+import sample_world
+from conftest import REPO, read_csv, run, snapshot
+from test_fetch import TINY, overlap
+
+SCENES = {video: (number, start, size, fps) for number, (video, start, fps, size, _) in enumerate(
+    (video for videos in sample_world.SCENES.values() for video in videos), 1)}
+
+
+def load(path):
+    with open(path, 'rb') as file:
+        return pickle.load(file)
+
+
+@pytest.fixture(scope='module')
+def worlds(tmp_path_factory):
+    """$MMACTION2 prepared twice: data/with with raw frames by the README's commands, data/ava_kinetics without Step 4."""
+    mmaction2 = tmp_path_factory.mktemp('mmaction2')
+    sample_world.draw_world(mmaction2)
+    demo.run_readme(mmaction2, show=False)
+    (mmaction2 / 'data/ava_kinetics').rename(mmaction2 / 'data/with')
+    place = dict(cwd=mmaction2 / 'tools/data/ava_kinetics', env={**os.environ, 'MMACTION2': str(mmaction2)})
+    run('cut_kinetics.py', **place)
+    run('prepare_annotation.py', **place)
+    run('fetch_proposal.py', *TINY, f'--preview={mmaction2}/preview.png', **place)
+    shutil.copytree(mmaction2 / 'data/ava/annotations', mmaction2 / 'data/ava_kinetics/annotations')
+    run('merge_annotations.py', **place)
+    done = run('softlink_ava.py', **place)
+    assert 'all 12 have their frames: ready for training, the Kinetics part from its videos' in done.stdout
+    return mmaction2
+
+
+def test_same_rows_and_same_proposals_as_from_frames(worlds):
+    with_frames, without = worlds / 'data/with', worlds / 'data/ava_kinetics'
+    assert sorted(path.name for path in (without / 'rawframes').iterdir()) == sorted(sample_world.AVA_VIDEOS)
+    for name in 'kinetics_train.csv', 'annotations/ava_train_v2.2.csv':
+        assert (with_frames / name).read_bytes() == (without / name).read_bytes()
+    ours, theirs = (load(root / 'kinetics_proposal.pkl') for root in (without, with_frames))
+    assert ours.keys() == theirs.keys()
+    for key, boxes in ours.items():
+        assert len(boxes) == len(theirs[key]) and (overlap(boxes[:, :4], theirs[key][:, :4]).max(1) > 0.95).all()
+    assert (cv2.imread(str(worlds / 'preview.png')) != 30).mean() > 0.5
+
+
+def readme_config(heading: str, number: int, folder: Path) -> Config:
+    """A python block of the README as a config of MMAction2's, its _base_ that of the installed package."""
+    section = (REPO / 'README.md').read_text().split(heading)[1].split('\n## ')[0]
+    block = re.findall(r'^```python\n(.*?)^```', section, re.M | re.S)[number]
+    assert "_base_ = 'configs/" in block
+    path = folder / f'config_{number}.py'
+    path.write_text(block.replace("_base_ = 'configs/", f"_base_ = '{mmaction.__path__[0]}/.mim/configs/"))
+    return Config.fromfile(path)
+
+
+def records(config, monkeypatch, mmaction2):
+    from mmaction.registry import DATASETS
+    init_default_scope('mmaction')
+    monkeypatch.chdir(mmaction2)
+    return DATASETS.build(config)
+
+
+def test_readme_config_trains_from_clips(worlds, monkeypatch, tmp_path):
+    config = readme_config('### Without raw frames', 0, tmp_path)
+    data = records(config.train_dataloader.dataset, monkeypatch, worlds)
+    assert len(data) == 11 + 5
+    for record in data:
+        assert record['inputs'].shape[1] == 8 and len(record['data_samples'].gt_instances)
+
+
+def test_windows_out_of_clips_show_the_right_moment(worlds, monkeypatch, tmp_path):
+    config = readme_config('### Without raw frames', 0, tmp_path).train_dataloader.dataset.datasets[1]
+    config.pipeline = config.pipeline[:3]
+    config.pipeline[1].test_mode = True
+    for record in records(config, monkeypatch, worlds):
+        scene, start, size, fps = SCENES[record['video_id'][:11]]
+        rate = float(sample_world.Fraction(fps))
+        number = draw.read_stamp(record['imgs'][4][..., ::-1])
+        assert abs(number / rate - (record['timestamp'] - start)) <= 0.5 / min(rate, 30) + 1e-6
+        people = draw.figure_boxes(scene, record['timestamp'] - start, size)
+        height, width = record['imgs'][0].shape[:2]
+        np.testing.assert_allclose(record['gt_bboxes'] / [width, height, width, height], people, atol=0.001)
+
+
+@pytest.fixture(scope='module')
+def validated(worlds):
+    """The drawn world again as the validation split, by the README's commands, into the root with raw frames."""
+    mmaction2 = worlds.parent / 'val'
+    shutil.copytree(worlds, mmaction2, symlinks=True)
+    shutil.rmtree(mmaction2 / 'data/ava_kinetics')
+    (mmaction2 / 'data/with').rename(mmaction2 / 'data/ava_kinetics')
+    kinetics, place = mmaction2 / 'data/kinetics700', mmaction2 / 'tools/data/ava_kinetics'
+    (kinetics / 'videos_train').rename(kinetics / 'videos_val')
+    swap = str.maketrans('A-', 'B_')  # other videos than those of the training split
+    for path in list((kinetics / 'videos_val').rglob('*.mp4')):
+        path.rename(path.with_name(path.name[:11].translate(swap) + path.name[11:]))
+    lines = (kinetics / 'kinetics700_train_list_videos.txt').read_text().splitlines()
+    (kinetics / 'kinetics700_val_list_videos.txt').write_text(''.join(
+        f'{Path(line).parent}/{Path(line).name[:11].translate(swap)}{Path(line).name[11:]}\n' for line in lines))
+    rows = (place / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').read_text().splitlines()
+    (place / 'ava_kinetics_v1_0/kinetics_val_v1.0.csv').write_text(''.join(
+        row[:11].translate(swap) + row[11:] + '\n' for row in rows))
+    before = snapshot(mmaction2 / 'data/ava_kinetics')
+    for line in demo.readme_commands('## The validation split')[0].strip().splitlines():
+        script, *options = line.replace('$CONFIG', TINY[0][9:]).replace('$CHECKPOINT', TINY[1][13:]).split()[1:]
+        run(script, *options, cwd=place, env={**os.environ, 'MMACTION2': str(mmaction2)})
+    return mmaction2, before
+
+
+def test_both_splits_live_side_by_side_and_avas_files_stay(validated):
+    mmaction2, before = validated
+    root = mmaction2 / 'data/ava_kinetics'
+    after = snapshot(root)
+    changed = {name for name in before if after.get(name) != before[name]}
+    assert changed <= {'reports/extract_rgb_frames.csv'}
+    assert len(list((root / 'videos').iterdir())) == 20
+    assert {'kinetics_val.csv', 'kinetics_val_proposal.pkl', 'annotations/ava_kinetics_val_v2.2.csv',
+            'annotations/ava_kinetics_dense_proposals_val.pkl', 'reports/cut_kinetics_val.csv',
+            'reports/prepare_annotation_val.csv', 'reports/fetch_proposal_val.csv',
+            'reports/merge_annotations_val.csv'} <= after.keys() - before.keys()
+    assert len(read_csv(root / 'annotations/ava_kinetics_val_v2.2.csv')) == 60 + len(
+        read_csv(root / 'annotations/ava_val_v2.2.csv'))
+    assert len(load(root / 'annotations/ava_kinetics_dense_proposals_val.pkl')) == 31 + 6
+
+
+@pytest.mark.parametrize('number,count', [(0, 11 + 6), (1, 11)], ids=['both', 'kinetics'])
+def test_mmaction2_scores_perfect_predictions_at_one(validated, monkeypatch, tmp_path, number, count):
+    import torch
+    from mmaction.evaluation import AVAMetric
+    mmaction2, _ = validated
+    config = readme_config('## The validation split', number, tmp_path)
+    data = records(config.val_dataloader.dataset, monkeypatch, mmaction2)
+    assert len(data) == count
+    evaluator = {key: value for key, value in config.val_evaluator.items() if key != 'type'}
+    metric = AVAMetric(**evaluator)
+    for record in data:
+        sample = record['data_samples']
+        assert record['inputs'].shape[1] == 8
+        boxes = torch.as_tensor(sample.gt_instances.bboxes).float()
+        height, width = sample.img_shape
+        metric.process(None, [dict(video_id=sample.video_id, timestamp=sample.timestamp, pred_instances=dict(
+            bboxes=boxes / torch.tensor([width, height, width, height]),
+            scores=torch.as_tensor(sample.gt_instances.labels).float()))])
+    monkeypatch.chdir(tmp_path)
+    metric.ann_file, metric.label_file = (str(mmaction2 / path) for path in (metric.ann_file, metric.label_file))
+    metric.exclude_file = metric.exclude_file and str(mmaction2 / metric.exclude_file)
+    assert metric.compute_metrics(metric.results)['overall'] == pytest.approx(1)
