@@ -42,8 +42,11 @@ FPS = 30
 CONTEXT_S = 2  # seconds kept before and after the keyframes; MMAction2's windows reach 32 frames, about one second
 MAX_REPEAT = 22  # frames: a source that ends up to 0.75 s early has its last frame repeated
 MAX_LEAD_S = 0.2  # codec delays put the first picture up to 0.1 s behind the sound; beyond, pictures are missing
-# x264 superfast at crf 21 has a higher SSIM than its defaults (medium, crf 23) at a third of the time: benchmarks/
-ENCODER = ['-c:v', 'libx264', '-preset', 'superfast', '-crf', '21', '-threads', '1', '-pix_fmt', 'yuv420p']
+# More SSIM than x264's defaults (medium, crf 23) at a third of the time, 1.76 times the size; without CABAC, which costs
+# 9 % of size, decoding in Step 4 and in training takes a quarter less: benchmarks/README.md
+ENCODER = ['-c:v', 'libx264', '-preset', 'superfast', '-crf', '20.7', '-coder', 'vlc', '-threads', '1',
+           '-pix_fmt', 'yuv420p']
+COLOURS = 'scale=out_range=limited:out_color_matrix=bt601'  # as decoders and JPEG take them; most sources have them
 WORK = '.cut_kinetics'  # folder of unfinished files in ROOT
 ARCHIVE_ERRORS = OSError, EOFError, zlib.error, tarfile.TarError, aiohttp.ClientError, TimeoutError
 SOURCE_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>\d{6})_(?P<end>\d{6})\.[A-Za-z0-9]+')
@@ -187,7 +190,7 @@ def cut_command(ffmpeg: str, video: Path, offset: int, seconds: int, short_side:
         factor = f'min(1,{short_side}/min(iw,ih))'
         filters += f"scale='2*round(iw/2*{factor})':'2*round(ih/2*{factor})',"
     return [ffmpeg, '-nostdin', '-v', 'error', '-protocol_whitelist', 'file', '-threads', '1', '-i', f'file:{video}',
-            '-map', '0:V:0', '-vf', filters + 'scale=out_range=limited', '-frames:v', str(seconds * FPS), *ENCODER,
+            '-map', '0:V:0', '-vf', filters + COLOURS, '-frames:v', str(seconds * FPS), *ENCODER,
             '-map_metadata', '-1', '-map_chapters', '-1', '-f', 'mp4', '-y', str(target)]
 
 
