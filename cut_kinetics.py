@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Step 3: cut the annotated clips out of the Kinetics-700 videos.
 
-Reads the AVA-Kinetics annotations (kinetics_train_v1.0.csv) and the list of Kinetics-700 videos, and writes
-ROOT/videos/<video_id>_<start:06d>_<end:06d>.mp4: two seconds around the annotated keyframes, constant 30 fps, exactly
-(end - start) * 30 frames, frame k being the source frame nearest to source time start - source_start + k / 30. What
-could not be cut is in ROOT/reports/cut_kinetics_train.csv with its reason. Run it again to continue after an
-interruption.
+Reads the AVA-Kinetics annotations (kinetics_train_v1.0.csv) and the list of Kinetics-700 videos, or their archives, and
+writes ROOT/videos/<video_id>_<start:06d>_<end:06d>.mp4: two seconds around the annotated keyframes, constant 30 fps,
+exactly (end - start) * 30 frames, frame k being the source frame nearest to source time start - source_start + k / 30.
+What could not be cut is in ROOT/reports/cut_kinetics_train.csv with its reason. Run it again to continue after an
+interruption. With `--split val`, all names have val in place of train.
 
     python3 cut_kinetics.py --avakinetics_anotation=./ava_kinetics_v1_0 \\
         --kinetics_list=$MMACTION2/data/kinetics700/kinetics700_train_list_videos.txt \\
@@ -115,7 +115,7 @@ def parse_annotation(line: str) -> tuple[str, float, list[float] | None, int | N
 
 
 def read_keyframes(path: Path) -> tuple[dict[str, set[int]], int, list[tuple]]:
-    """The annotated seconds of every video, the number of those without people, and report rows for unreadable lines."""
+    """The annotated seconds of every video, the number of seconds without people, and report rows on malformed lines."""
     keyframes, unpeopled, problems = {}, set(), []
     with open(path, encoding='utf-8-sig', errors='replace') as file:
         for number, line in enumerate(file, 1):
@@ -262,7 +262,8 @@ def cut_video(video_id: str, sources: list[Source], seconds: set[int], folders: 
 
 
 patiently = tenacity.retry(stop=tenacity.stop_after_attempt(5), wait=tenacity.wait_random_exponential(max=20),
-                           retry=tenacity.retry_if_exception_type(ARCHIVE_ERRORS), reraise=True)
+                           retry=tenacity.retry_if_exception_type(ARCHIVE_ERRORS)
+                           & tenacity.retry_if_not_exception_type(FileNotFoundError), reraise=True)
 
 
 def staged_clip(root: Path, split: str, key: tuple) -> Path:

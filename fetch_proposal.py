@@ -13,6 +13,7 @@ interruption.
 """
 import argparse
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -23,7 +24,10 @@ import shutil
 import sys
 import warnings
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import cv2
 import decord
@@ -34,11 +38,20 @@ MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 CHECKPOINT = ('https://download.openmmlab.com/mmdetection/v2.0/cascade_rcnn/cascade_rcnn_x101_64x4d_fpn_1x_coco/'
               'cascade_rcnn_x101_64x4d_fpn_1x_coco_20200515_075702-43ce6a30.pth')
 FPS = 30
-NEIGHBORS = 1  # seconds before and after each keyframe that get proposals too, as in MMAction2
-SCORE_THR = 0.7
 PERSON = 0  # COCO's class
-SHARD = 256  # frames between two saves
+SHARD = 512  # frames between two saves
 CLIP_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>\d{6})_(?P<end>\d{6})')
+
+
+class Options(NamedTuple):
+    """A detector and how it is run; the device as torch names it, frames a batch, loading processes."""
+    config: Path
+    checkpoint: Path
+    device: str
+    score_thr: float
+    amp: bool
+    batch_size: int
+    num_workers: int
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -56,10 +69,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--checkpoint', metavar='PTH', default=CHECKPOINT, help="file or URL of the detector's weights")
     parser.add_argument('--num_gpus', type=int, metavar='N', default=argparse.SUPPRESS,
                         help='GPUs to use, 0 for the CPU (default: all that are visible)')
+    parser.add_argument('--batch_size', type=int, metavar='N', default=argparse.SUPPRESS,
+                        help='frames of equal size that the detector takes at once (default: 8 on a GPU, 1 on the CPU)')
+    parser.add_argument('--num_workers', type=int, metavar='N', default=argparse.SUPPRESS,
+                        help='processes that load frames, for each GPU (default: 4 on a GPU, 1 on the CPU)')
+    parser.add_argument('--amp', action='store_true', help='mixed precision: faster, and moves boxes a little')
+    parser.add_argument('--neighbors', type=int, metavar='N', default=1,
+                        help='seconds before and after each keyframe that get proposals too: 1 as in MMAction2, 0 for '
+                        'all that its training reads, a third of the work')
+    parser.add_argument('--score_thr', type=float, metavar='S', default=0.7, help='least score of a proposal')
     parser.add_argument('--preview', type=Path, metavar='FILE', default=argparse.SUPPRESS,
                         help='also draw keyframes with annotated boxes and proposals into this picture')
     parser.add_argument('--overwrite', action='store_true', help='detect again although the proposals are there')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.neighbors < 0 or getattr(args, 'batch_size', 1) < 1 or getattr(args, 'num_workers', 0) < 0:
+        sys.exit('error: --neighbors and --num_workers must be 0 or more, --batch_size 1 or more')
+    if not 0 <= args.score_thr < 1:
+        sys.exit('error: --score_thr must be at least 0 and below 1')
+    return args
 
 
 def read_datalist(path: Path) -> tuple[dict[tuple[str, int], list], list[tuple]]:
@@ -116,33 +143,51 @@ def load_config(path: Path):
         sys.exit(f'error: {path} is no mmdetection config: {type(error).__name__}: {error}'.replace('\n', ' '))
 
 
-def load_detector(config, checkpoint: Path, device: str):
-    """Build the config's model with the checkpoint's weights, ready to detect."""
+def read_weights(checkpoint: Path) -> dict:
+    """The tensors of a checkpoint by name, read without running any code that it holds."""
     import torch
-    from mmdet.registry import MODELS
-    from mmdet.utils import register_all_modules
-    from mmengine.model import revert_sync_batchnorm
-    register_all_modules()
     try:
         loaded = torch.load(checkpoint, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         sys.exit(f'error: {checkpoint} cannot be read as weights: {(str(error) or "it is empty").splitlines()[0]}; a '
                  "training checkpoint is reduced to weights by mmdetection's tools/model_converters/publish_model.py")
     weights = loaded.get('state_dict', loaded) if isinstance(loaded, dict) else {}
-    weights = {re.sub(r'^module\.', '', name): value for name, value in weights.items() if torch.is_tensor(value)}
+    return {re.sub(r'^module\.', '', name): value for name, value in weights.items() if torch.is_tensor(value)}
+
+
+@functools.lru_cache(maxsize=1)
+def load_detector(options: Options):
+    """Build the config's model with the checkpoint's weights, ready to detect, and its test pipeline for arrays."""
+    import torch
+    from mmcv.transforms import Compose
+    from mmdet.registry import MODELS
+    from mmdet.utils import get_test_pipeline_cfg, register_all_modules
+    from mmengine.model import revert_sync_batchnorm
+    register_all_modules()
+    config, weights = load_config(options.config), read_weights(options.checkpoint)
     try:
+        # boxes below the threshold would be thrown away in the end: a margin is kept for what rounding may do
+        final = config.model.test_cfg.get('rcnn', config.model.test_cfg)
+        if 'score_thr' in final:
+            final.score_thr = max(final.score_thr, options.score_thr - 0.01)
         model = revert_sync_batchnorm(MODELS.build(config.model))
+        pipeline = get_test_pipeline_cfg(config)
+        pipeline[0].type = 'mmdet.LoadImageFromNDArray'
+        pipeline = Compose(pipeline)
     except Exception as error:  # a config may name any class with any arguments
-        sys.exit(f'error: {config.filename} builds no detector: {type(error).__name__}: {error}'.split('\n')[0])
+        sys.exit(f'error: {options.config} builds no detector: {type(error).__name__}: {error}'.split('\n')[0])
     own = model.state_dict()
     differing = [name for name in {**own, **weights} if not name.endswith('num_batches_tracked')
                  and (name not in own or name not in weights or own[name].shape != weights[name].shape)]
     if differing:
-        sys.exit(f'error: {checkpoint} does not fit the config: {len(differing)} of {len(own)} tensors differ, '
+        sys.exit(f'error: {options.checkpoint} does not fit the config: {len(differing)} of {len(own)} tensors differ, '
                  f'first {", ".join(differing[:3])}; give the --config that it was trained with')
     model.load_state_dict(weights, strict=False)  # strict but for num_batches_tracked, as just checked
-    model.cfg = config
-    return model.to(device).eval()
+    if options.device != 'cpu':
+        torch.backends.cudnn.benchmark = True  # frames come in a few sizes only
+        model = model.to(memory_format=torch.channels_last)
+    model.batch_size = options.batch_size  # less once memory ran out
+    return model.to(options.device).eval(), pipeline
 
 
 def read_frame(root: Path, clip: str, second: int) -> np.ndarray | str:
@@ -168,32 +213,101 @@ def read_frame(root: Path, clip: str, second: int) -> np.ndarray | str:
     return f'unreadable frame: broken JPEG {name}' if image is None else image
 
 
-def detect_people(model, image: np.ndarray) -> np.ndarray:
-    """The people on a BGR frame: float64 (n, 5) of x1, y1, x2, y2 relative and clipped to [0, 1], and score."""
-    from mmdet.apis import inference_detector
-    found = inference_detector(model, image).pred_instances.cpu().numpy()
-    chosen = (found.labels == PERSON) & (found.scores > SCORE_THR)
-    height, width = image.shape[:2]
+def load_frame(root: Path, pipeline: Callable, frame: tuple[str, str, int]) -> tuple[str, dict | str]:
+    """A frame's key, and what the test pipeline makes of its picture, or the reason why it cannot be read."""
+    key, clip, second = frame
+    image = read_frame(root, clip, second)
+    return key, image if isinstance(image, str) else pipeline(dict(img=image, img_id=0))
+
+
+def predict(model, batch: list[dict], options: Options) -> list:
+    """The detector's answers for frames of equal size; a batch that does not fit into memory is halved, for good."""
+    import torch
+    answers = []
+    while len(answers) < len(batch):
+        part = batch[len(answers):len(answers) + model.batch_size]
+        try:
+            with torch.no_grad(), torch.autocast(options.device.split(':')[0], enabled=options.amp):
+                answers += model.test_step(dict(inputs=[data['inputs'] for data in part],
+                                                data_samples=[data['data_samples'] for data in part]))
+        except torch.cuda.OutOfMemoryError:
+            if model.batch_size == 1:
+                raise
+            model.batch_size //= 2
+            torch.cuda.empty_cache()
+    return answers
+
+
+def people_of(answer, score_thr: float) -> np.ndarray:
+    """The people in a detector's answer: float64 (n, 5) of x1, y1, x2, y2 relative, clipped to [0, 1], and score."""
+    found, (height, width) = answer.pred_instances.cpu().numpy(), answer.ori_shape
+    chosen = (found.labels == PERSON) & (found.scores > score_thr)
     boxes = np.clip(found.bboxes[chosen].astype(np.float64) / [width, height, width, height], 0, 1)
     return np.hstack([boxes, found.scores[chosen, None].astype(np.float64)])
 
 
-def detect_shard(model, root: Path, frames: dict[str, tuple[str, int]]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Proposals of the frames by key, and the reasons for the frames that cannot be read."""
-    proposals, problems = {}, {}
-    for key, (clip, second) in frames.items():
-        image = read_frame(root, clip, second)
-        if isinstance(image, str):
-            problems[key] = image
-            continue
+def detect_shard(path: Path, root: Path, frames: list[tuple[str, str, int]], options: Options,
+                 progress: Callable = lambda count: None) -> None:
+    """Detect the people on frames (key, clip, second), write the shard: proposals, and reasons for unreadable frames.
+
+    Frames are loaded by other processes, and go through the detector with others of their size, so that none is padded
+    more than it would be alone.
+    """
+    import torch
+    model, pipeline = load_detector(options)
+    cv2.setNumThreads(1)  # the loading processes are the parallelism
+    loader = torch.utils.data.DataLoader(frames, batch_size=None, num_workers=options.num_workers,
+                                         collate_fn=functools.partial(load_frame, root, pipeline))
+    proposals, problems, waiting = {}, {}, {}
+
+    def detect(batch: list[tuple[str, dict]]) -> None:
         try:
-            people = detect_people(model, image)
+            answers = predict(model, [data for _, data in batch], options)
         except Exception as error:  # whatever an arbitrary model raises: out of memory, CUDA errors, wrong shapes
-            sys.exit(f'error: the detector failed on {clip} at {second} s: {type(error).__name__}: {error}'.split('\n')[0]
-                     + '; what is done is saved, the same command continues')
-        if len(people):
-            proposals[key] = people
-    return proposals, problems
+            raise RuntimeError(f'on {batch[0][0]} ({type(error).__name__}: {error})'.replace('\n', ' ')) from error
+        for (key, _), answer in zip(batch, answers):
+            people = people_of(answer, options.score_thr)
+            if len(people):
+                proposals[key] = people
+        progress(len(batch))
+
+    for key, data in loader:
+        if isinstance(data, str):
+            problems[key] = data
+            progress(1)
+            continue
+        batch = waiting.setdefault(tuple(data['inputs'].shape), [])
+        batch.append((key, data))
+        if len(batch) == options.batch_size:
+            detect(waiting.pop(tuple(data['inputs'].shape)))
+    for batch in waiting.values():
+        detect(batch)
+    write_pickle(path, (dict(sorted(proposals.items())), dict(sorted(problems.items()))))
+
+
+def detect_on_all(shards: dict[Path, list[tuple]], root: Path, options: list[Options], bar: tqdm) -> None:
+    """Detect shards on several GPUs, a process each, that take them from one list; a GPU that fails gives its back."""
+    todo, running = list(shards), {}
+    pools = {option: ProcessPoolExecutor(1, get_context('spawn')) for option in options}
+    while todo or running:
+        for option in [option for option in pools if option not in running.values()]:
+            if todo:
+                path = todo.pop(0)
+                future = pools[option].submit(detect_shard, path, root, shards[path], option)
+                future.path, running[future] = path, option
+        if not running:
+            break
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            option = running.pop(future)
+            try:
+                future.result()
+                bar.update(len(shards[future.path]))
+            except (RuntimeError, SystemExit, OSError) as error:  # BrokenProcessPool is a RuntimeError
+                tqdm.write(f'{option.device} is given up, the others go on: {error}', file=sys.stderr)
+                pools.pop(option).shutdown(wait=False)
+                todo.insert(0, future.path)
+    if todo:
+        raise RuntimeError('on every GPU')
 
 
 class Pickler(pickle.Pickler):
@@ -280,15 +394,15 @@ def main(argv: list[str] | None = None) -> None:
     if not datalist.is_file():
         sys.exit(f'error: {datalist} not found; do Step 5 (prepare_annotation.py) or set --datalist')
     if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
-        sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
+        sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 or set --avakinetics_root')
     if not args.config.is_file():
         sys.exit(f'error: {args.config} not found; set --config to an mmdetection config')
     if preview and not cv2.haveImageWriter(preview.name):
         sys.exit(f'error: {preview} is no picture name; let --preview end in .jpg or .png')
     keyframes, problems = read_datalist(datalist)
     if not keyframes:
-        sys.exit(f'error: {datalist} holds no annotated keyframe; is it the file that Step 5 (prepare_annotation.py) wrote?')
-    frames = plan_frames(list(keyframes), NEIGHBORS)
+        sys.exit(f'error: {datalist} holds no annotated keyframe; is it what Step 5 (prepare_annotation.py) wrote?')
+    frames = plan_frames(list(keyframes), args.neighbors)
     checkpoint = local_checkpoint(args.checkpoint)
     if not checkpoint.is_file():
         sys.exit(f'error: {checkpoint} not found; set --checkpoint to a file or URL')
@@ -298,7 +412,7 @@ def main(argv: list[str] | None = None) -> None:
         inputs = dict(
             frames=hashlib.sha256(json.dumps(frames).encode()).hexdigest(),
             config=hashlib.sha256(config.pretty_text.encode()).hexdigest(),
-            checkpoint=hashlib.file_digest(file, 'sha256').hexdigest(), score_thr=SCORE_THR, neighbors=NEIGHBORS)
+            checkpoint=hashlib.file_digest(file, 'sha256').hexdigest(), score_thr=args.score_thr, amp=args.amp)
     identity = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
     stamp = target.with_name(f'{target.name}.inputs.json')
     if target.is_file() and stamp.is_file() and json.loads(stamp.read_text()) == inputs and not args.overwrite:
@@ -310,23 +424,34 @@ def main(argv: list[str] | None = None) -> None:
             print(f'  preview: {preview}')
         return
 
-    shards = target.with_name(f'{target.name}.{identity}.shards')  # bound to all inputs: another detector has another
-    if args.overwrite:
-        shutil.rmtree(shards, ignore_errors=True)
     import torch
     gpus = min(getattr(args, 'num_gpus', torch.cuda.device_count()), torch.cuda.device_count())
-    model = load_detector(config, checkpoint, 'cuda:0' if gpus > 0 else 'cpu')
-    shards.mkdir(parents=True, exist_ok=True)
-    proposals, unreadable, keys = {}, {}, list(frames)
-    with tqdm(total=len(keys), desc='detect', unit='frame', delay=1) as bar:
-        for index in range(0, len(keys), SHARD):
-            shard = shards / f'{index:08d}.pkl'
-            if not shard.is_file():
-                write_pickle(shard, detect_shard(model, root, {key: frames[key] for key in keys[index:index + SHARD]}))
-            found, failed = read_shard(shard)
-            proposals.update(found)
-            unreadable.update(failed)
-            bar.update(min(SHARD, len(keys) - index))
+    options = [Options(args.config, checkpoint, device, args.score_thr, args.amp,
+                       getattr(args, 'batch_size', 1 if device == 'cpu' else 8),
+                       getattr(args, 'num_workers', 1 if device == 'cpu' else 4))
+               for device in ([f'cuda:{number}' for number in range(gpus)] or ['cpu'])]
+    folder = target.with_name(f'{target.name}.{identity}.shards')  # bound to all inputs: another detector has another
+    if args.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    load_detector(options[0])  # a checkpoint that does not fit ends the run here
+    folder.mkdir(parents=True, exist_ok=True)
+    items = [(key, *frame) for key, frame in frames.items()]
+    shards = {folder / f'{index:08d}.pkl': items[index:index + SHARD] for index in range(0, len(items), SHARD)}
+    todo = {path: shard for path, shard in shards.items() if not path.is_file()}
+    with tqdm(total=len(items), initial=sum(len(shards[path]) for path in shards.keys() - todo.keys()), desc='detect',
+              unit='frame', delay=1) as bar:
+        try:
+            if len(options) > 1:
+                detect_on_all(todo, root, options, bar)
+            else:
+                for path, shard in todo.items():
+                    detect_shard(path, root, shard, options[0], bar.update)
+        except RuntimeError as error:
+            sys.exit(f'error: the detector failed {error}; what is done is saved, the same command continues')
+    proposals, unreadable = {}, {}
+    for path in shards:
+        for whole, part in zip((proposals, unreadable), read_shard(path)):
+            whole.update(part)
 
     report = root / f'reports/fetch_proposal_{args.split}.csv'
     report.parent.mkdir(exist_ok=True)
@@ -335,13 +460,13 @@ def main(argv: list[str] | None = None) -> None:
         csv.writer(file, lineterminator='\n').writerows([('video_id', 'timestamp', 'reason'), *rows])
     os.replace(report.with_suffix('.part'), report)
     if len(unreadable) == len(frames):
-        shutil.rmtree(shards)
+        shutil.rmtree(folder)
         sys.exit(f'error: not one frame could be read; {report} says why')
     stamp.unlink(missing_ok=True)
     write_pickle(target, proposals)
     if not unreadable:  # else a second run tries those frames again
         stamp.write_text(json.dumps(inputs, indent=1) + '\n')
-    shutil.rmtree(shards)
+    shutil.rmtree(folder)
 
     print(f'{sum(map(len, proposals.values()))} people on {len(proposals)} of {len(frames)} frames in {target}')
     bare = sum(f'{clip[:-14]},{second:04d}' not in proposals for clip, second in keyframes)

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import draw  # noqa: E402
-
 REPO = Path(__file__).parent.parent
+sys.path[:0] = [str(REPO / 'tests'), str(REPO / 'benchmarks'), str(REPO)]
+import draw  # noqa: E402
 
 
 def run(script, *arguments, code=0, **options) -> subprocess.CompletedProcess:

@@ -2,8 +2,10 @@
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import cv2
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from mmengine import Config
 
 import draw
+import fetch_proposal
 from conftest import REPO, errors, read_csv, run, snapshot
 
 TINY = [f'--config={REPO}/tests/tiny_detector.py', f'--checkpoint={REPO}/tests/tiny_detector.pth']
@@ -224,13 +227,103 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path):
     assert 'does not fit the config' in message and 'backbone.' in message
 
 
-def test_killed_and_run_again(fetched, tmp_path):
-    root = tmp_path / 'root'
-    shutil.copytree(fetched[0], root)
-    for name in 'kinetics_proposal.pkl', 'kinetics_proposal.pkl.inputs.json':
-        (root / name).unlink()
+def test_killed_and_run_again(tmp_path):
+    """600 frames are two shards: killed in the second, the first is not computed again."""
+    root = write_root(tmp_path, range(200))
     command = [sys.executable, str(REPO / 'fetch_proposal.py'), f'--avakinetics_root={root}', *TINY]
-    with pytest.raises(subprocess.TimeoutExpired):
-        subprocess.run(command, capture_output=True, timeout=7)
-    subprocess.run(command, capture_output=True, check=True)
-    assert snapshot(root) == snapshot(fetched[0])
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(root.glob('*.shards/00000000.pkl')):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    first = next(root.glob('*.shards/00000000.pkl'))
+    with open(first, 'rb') as file:
+        kept = pickle.load(file)[0]
+    assert len(kept) == 512 and not (root / 'kinetics_proposal.pkl').exists()
+    kept[min(kept)][:, 4] = 0.875  # a mark that only a shard which was kept can leave
+    fetch_proposal.write_pickle(first, (kept, {}))
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    proposals = load(root / 'kinetics_proposal.pkl')
+    assert '600 of 600 frames' in done.stdout and (proposals[min(kept)][:, 4] == 0.875).all()
+    assert not list(root.glob('*.shards'))
+
+
+@pytest.mark.parametrize('options', [['--batch_size=4', '--num_workers=2'], ['--batch_size=32', '--num_workers=0']])
+def test_batches_give_the_same_boxes(fetched, tmp_path, options):
+    """120 frames of four sizes, in batches: boxes and scores within 2e-3 of those frame by frame, and the same set."""
+    fetch(fetched[0], f'--picklepath={tmp_path}/batched.pkl', *options)
+    batched, single = load(tmp_path / 'batched.pkl'), load(fetched[0] / 'kinetics_proposal.pkl')
+    assert batched.keys() == single.keys()
+    for key, boxes in batched.items():
+        assert boxes.shape == single[key].shape
+        np.testing.assert_allclose(boxes[boxes[:, 0].argsort()], single[key][single[key][:, 0].argsort()], atol=2e-3)
+
+
+def test_the_documented_architecture_in_batches(tmp_path):
+    """Random weights, biased so that there are boxes: the script's batches against inference_detector frame by frame."""
+    import proposals
+    from mmdet.apis import inference_detector
+    frames = proposals.write_frames(tmp_path, 6)
+    frames = [frames[0], frames[1], frames[4]]  # two sizes
+    checkpoint = proposals.random_checkpoint(REPO / 'X-101-64x4d-FPN.py', tmp_path)
+    options = fetch_proposal.Options(REPO / 'X-101-64x4d-FPN.py', checkpoint, 'cpu', 0.3, False, 2, 1)
+    fetch_proposal.detect_shard(tmp_path / 'shard.pkl', tmp_path, frames, options)
+    model, _ = fetch_proposal.load_detector(options)
+    expected = {key: fetch_proposal.people_of(inference_detector(
+        model, str(tmp_path / f'rawframes/{clip}/img_{second * 30 + 1:05d}.jpg')), 0.3) for key, clip, second in frames}
+    found = fetch_proposal.read_shard(tmp_path / 'shard.pkl')[0]
+    assert sum(map(len, expected.values())) >= 3
+    boxes, scores, alone = proposals.largest_difference(found, expected, 0.3)
+    assert boxes <= 2e-3 and scores <= 2e-3 and not alone
+    fetch_proposal.load_detector.cache_clear()
+
+
+def test_neighbors_and_score_thr(fetched, tmp_path):
+    fetch(fetched[0], f'--picklepath={tmp_path}/few.pkl', '--neighbors=0', '--score_thr=0.99')
+    few, all_of_them = load(tmp_path / 'few.pkl'), load(fetched[0] / 'kinetics_proposal.pkl')
+    assert few and few.keys() <= {f'scene-{scene:05d},0012' for scene in range(40)}
+    for key, boxes in few.items():
+        assert (boxes == all_of_them[key][all_of_them[key][:, 4] > 0.99]).all()
+    assert 'must be' in errors(fetch(fetched[0], '--neighbors=-1', code=1))
+    assert 'must be' in errors(fetch(fetched[0], '--batch_size=0', code=1))
+    assert 'must be' in errors(fetch(fetched[0], '--score_thr=1', code=1))
+
+
+def test_a_batch_that_does_not_fit_is_halved(fetched, monkeypatch):
+    sizes = []
+
+    class Model:
+        batch_size = 8
+
+        def test_step(self, data):
+            sizes.append(len(data['inputs']))
+            if sizes[-1] > 3:
+                raise torch.cuda.OutOfMemoryError('out of memory')
+            return data['inputs']
+
+    options = fetch_proposal.Options('', '', 'cpu', 0.7, False, 8, 0)
+    batch = [dict(inputs=number, data_samples=None) for number in range(8)]
+    assert fetch_proposal.predict(Model(), batch, options) == list(range(8))
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    monkeypatch.setattr(Model, 'test_step', lambda self, data: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError('no')))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        fetch_proposal.predict(Model(), batch, options)
+
+
+def test_a_lost_gpu_gives_its_shard_to_the_others(fetched, tmp_path, capsys):
+    """Two `GPUs`, one of which cannot even load the model (no such device): the other does all shards."""
+    from tqdm import tqdm
+    options = [fetch_proposal.Options(REPO / 'tests/tiny_detector.py', REPO / 'tests/tiny_detector.pth', device, 0.7,
+                                      False, 1, 0) for device in ('cpu', 'cuda:7')]
+    frames = [(f'scene-{scene:05d},0012', f'scene-{scene:05d}_000010_000014', 12) for scene in range(8)]
+    shards = {tmp_path / f'{index}.pkl': frames[index:index + 2] for index in range(0, 8, 2)}
+    with tqdm(total=8) as bar:
+        fetch_proposal.detect_on_all(shards, fetched[0], options, bar)
+    assert bar.n == 8 and 'cuda:7 is given up' in capsys.readouterr().err
+    expected = load(fetched[0] / 'kinetics_proposal.pkl')
+    for path, shard in shards.items():
+        found, problems = fetch_proposal.read_shard(path)
+        assert found.keys() == {key for key, *_ in shard} and not problems
+        assert all((found[key] == expected[key]).all() for key in found)
+    with pytest.raises(RuntimeError, match='on every GPU'), tqdm(total=8) as bar:
+        fetch_proposal.detect_on_all(shards, fetched[0], options[1:], bar)

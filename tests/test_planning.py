@@ -1,0 +1,75 @@
+"""Properties of the planning, for any set of annotations and sources."""
+import re
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cut_kinetics
+import prepare_annotation
+from cut_kinetics import Source
+from fetch_proposal import plan_frames
+
+sources = st.lists(st.builds(lambda start, length, copy: Source(start, start + length, f'{copy}/{start}'),
+                             st.integers(0, 60), st.integers(1, 12), st.integers(0, 2)), max_size=6, unique=True)
+seconds = st.sets(st.integers(0, 75), min_size=1, max_size=12)
+
+
+@given(sources, seconds)
+def test_every_second_is_planned_once_in_the_source_where_it_is_most_centred(found, wanted):
+    plan = cut_kinetics.plan_clips(found, wanted)
+    planned = [second for covered in plan.values() for second in covered]
+    assert len(planned) == len(set(planned))
+    for source, covered in plan.items():
+        start, end = cut_kinetics.clip_range(source, covered)
+        assert source.start <= start < end <= source.end
+        for second in covered:
+            assert start <= second < end
+            assert second - start >= 2 or start == source.start
+            assert end - second >= 2 or end == source.end
+            assert all(abs(source.start + source.end - 2 * second) <= abs(other.start + other.end - 2 * second)
+                       for other in found if other.start <= second < other.end)
+    assert {second for second in wanted if any(source.start <= second < source.end for source in found)} == set(planned)
+
+
+@given(sources, seconds, st.sets(st.integers(0, 5)), st.randoms())
+@settings(max_examples=200)
+def test_every_second_is_in_exactly_one_clip_or_report_row(found, wanted, broken, random):
+    failing = {source for index, source in enumerate(found) if index in broken}
+    names, lost = cut_kinetics.settle_video(
+        'aB_-0123456', found, wanted, lambda source, start, end: 'unreadable' if source in failing else None)
+    ranges = [re.fullmatch(r'aB_-0123456_(\d{6})_(\d{6})\.mp4', name) for name in names]
+    clips = [(int(name[1]), int(name[2]), name[0][:-4]) for name in ranges]
+    reported = {second for _, second, reason in lost if reason}
+    assert len(lost) == len(reported)
+    for second in wanted:
+        held = prepare_annotation.choose_clip(clips, second)
+        working = any(source.start <= second < source.end for source in found if source not in failing)
+        assert (held is not None) >= working and (second in reported) == (not working)
+
+
+@given(st.text('abcXYZ012_-', min_size=11, max_size=11), st.integers(0, 999_000), st.integers(1, 900))
+def test_names_parse_back(video, start, length):
+    name = cut_kinetics.clip_name(video, start, start + length)
+    parsed = prepare_annotation.CLIP_NAME.fullmatch(name[:-4])
+    assert (parsed['id'], int(parsed['start']), int(parsed['end'])) == (video, start, start + length)
+    assert cut_kinetics.SOURCE_NAME.fullmatch(name)['id'] == video
+
+
+@given(st.text(max_size=200))
+def test_no_line_of_annotations_does_anything_but_parse_or_say_why_not(line):
+    for module in cut_kinetics, prepare_annotation:
+        try:
+            video, timestamp, box, action = module.parse_annotation(line)
+        except ValueError as error:
+            assert '\n' not in str(error) and len(str(error)) < 400
+        else:
+            assert re.fullmatch(r'[A-Za-z0-9_-]{11}', video) and 0 <= timestamp < 1e6
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=8), st.integers(0, 3))
+def test_proposals_are_planned_for_keyframes_and_neighbours_within_the_clip(picked, neighbors):
+    keyframes = [(f'{index:011d}_000010_000020', 10 + second) for index, second in picked]
+    frames = plan_frames(keyframes, neighbors)
+    assert set(frames) == {f'{clip[:11]},{second + distance:04d}' for clip, second in keyframes
+                           for distance in range(-neighbors, neighbors + 1) if 10 <= second + distance < 20}
+    assert list(frames.values()) == sorted(frames.values())
