@@ -42,10 +42,10 @@ FPS = 30
 CONTEXT_S = 2  # seconds kept before and after the keyframes; MMAction2's windows reach 32 frames, about one second
 MAX_REPEAT = 22  # frames: a source that ends up to 0.75 s early has its last frame repeated
 MAX_LEAD_S = 0.2  # codec delays put the first picture up to 0.1 s behind the sound; beyond, pictures are missing
-# More SSIM than x264's defaults (medium, crf 23) at a third of the time, 1.76 times the size; without CABAC, which costs
-# 9 % of size, decoding in Step 4 and in training takes a quarter less: benchmarks/README.md
-ENCODER = ['-c:v', 'libx264', '-preset', 'superfast', '-crf', '20.7', '-coder', 'vlc', '-threads', '1',
-           '-pix_fmt', 'yuv420p']
+# More SSIM than x264's defaults (medium, crf 23) at a third of the time and below 1.8 times the size. One B-frame and no
+# look-ahead are faster than superfast itself; without CABAC (9 % of size), Step 4 and training decode a quarter faster
+ENCODER = ['-c:v', 'libx264', '-preset', 'superfast', '-crf', '21.5', '-bf', '1', '-b_strategy', '0', '-weightp', '0',
+           '-coder', 'vlc', '-threads', '1', '-pix_fmt', 'yuv420p']
 COLOURS = 'scale=out_range=limited:out_color_matrix=bt601'  # as decoders and JPEG take them; most sources have them
 WORK = '.cut_kinetics'  # folder of unfinished files in ROOT
 ARCHIVE_ERRORS = OSError, EOFError, zlib.error, tarfile.TarError, aiohttp.ClientError, TimeoutError

@@ -12,6 +12,7 @@ interruption.
         --picklepath=$MMACTION2/data/ava_kinetics/kinetics_proposal.pkl
 """
 import argparse
+import copy
 import csv
 import functools
 import hashlib
@@ -171,7 +172,7 @@ def load_detector(options: Options):
         if 'score_thr' in final:
             final.score_thr = max(final.score_thr, options.score_thr - 0.01)
         model = revert_sync_batchnorm(MODELS.build(config.model))
-        pipeline = get_test_pipeline_cfg(config)
+        pipeline = copy.deepcopy(get_test_pipeline_cfg(config))
         pipeline[0].type = 'mmdet.LoadImageFromNDArray'
         pipeline = Compose(pipeline)
     except Exception as error:  # a config may name any class with any arguments
@@ -186,6 +187,7 @@ def load_detector(options: Options):
     if options.device != 'cpu':
         torch.backends.cudnn.benchmark = True  # frames come in a few sizes only
         model = model.to(memory_format=torch.channels_last)
+    model.cfg = config  # where mmdet's own functions look for it
     model.batch_size = options.batch_size  # less once memory ran out
     return model.to(options.device).eval(), pipeline
 
