@@ -14,6 +14,7 @@ interruption. With `--split val`, all names have val in place of train.
 import argparse
 import contextlib
 import csv
+import errno
 import fcntl
 import glob
 import hashlib
@@ -44,9 +45,10 @@ MAX_REPEAT = 22  # frames: a source that ends up to 0.75 s early has its last fr
 MAX_LEAD_S = 0.2  # codec delays put the first picture up to 0.1 s behind the sound; beyond, pictures are missing
 # More SSIM than x264's defaults (medium, crf 23) at a third of the time and below 1.8 times the size. One B-frame and no
 # look-ahead are faster than superfast itself; without CABAC (9 % of size), Step 4 and training decode a quarter faster
-ENCODER = ['-c:v', 'libx264', '-preset', 'superfast', '-crf', '21.5', '-bf', '1', '-b_strategy', '0', '-weightp', '0',
+ENCODER = ['-c:v', 'libx264', '-preset', 'superfast', '-crf', '21.4', '-bf', '1', '-b_strategy', '0', '-weightp', '0',
            '-coder', 'vlc', '-threads', '1', '-pix_fmt', 'yuv420p']
 COLOURS = 'scale=out_range=limited:out_color_matrix=bt601'  # as decoders and JPEG take them; most sources have them
+KILLED = 'unreadable video: ffmpeg was killed, as it happens when memory runs out'
 WORK = '.cut_kinetics'  # folder of unfinished files in ROOT
 ARCHIVE_ERRORS = OSError, EOFError, zlib.error, tarfile.TarError, aiohttp.ClientError, TimeoutError
 SOURCE_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>\d{6})_(?P<end>\d{6})\.[A-Za-z0-9]+')
@@ -135,7 +137,7 @@ def read_keyframes(path: Path) -> tuple[dict[str, set[int]], int, list[tuple]]:
 
 
 def read_sources(path: Path, keyframes: dict[str, set[int]]) -> tuple[dict[str, list[Source]], list[tuple]]:
-    """The listed sources that hold an annotated second, by video, and report rows for lines that name no source."""
+    """By annotated video the listed sources that hold an annotated second, and report rows on malformed lines."""
     sources, problems = {}, []
     with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
         for number, line in enumerate(file, 1):
@@ -147,10 +149,9 @@ def read_sources(path: Path, keyframes: dict[str, set[int]]) -> tuple[dict[str, 
             if not name or int(name['end']) <= int(name['start']):
                 problems.append(('', '', f'malformed list line: line {number}: no name like ID_000001_000011.mp4'))
                 continue
-            source = Source(int(name['start']), int(name['end']), video)
-            if any(source.start <= second < source.end for second in keyframes.get(name['id'], ())):
-                copies = sources.setdefault(name['id'], [])
-                if source not in copies:
+            if name['id'] in keyframes:
+                source, copies = Source(int(name['start']), int(name['end']), video), sources.setdefault(name['id'], [])
+                if any(source.start <= second < source.end for second in keyframes[name['id']]) and source not in copies:
                     copies.append(source)
     return sources, problems
 
@@ -201,6 +202,10 @@ def cut_clip(video: Path, offset: int, seconds: int, target: Path, options: argp
                               capture_output=True, timeout=60 + 60 * (offset + seconds))  # 100 times the usual
     except subprocess.TimeoutExpired:
         return 'unreadable video: ffmpeg hangs on it'
+    if b'No space left on device' in done.stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
+    if done.returncode < 0:
+        return KILLED
     if done.returncode:
         lines = done.stderr.decode(errors='replace').splitlines() or ['ffmpeg gives no reason']
         reason = re.sub(r'^\[.*? @ 0x\w+\] ', '', lines[0]).replace(f'file:{video}', '').strip(': ')
@@ -247,7 +252,10 @@ def cut_video(video_id: str, sources: list[Source], seconds: set[int], folders: 
         name = clip_name(video_id, start, end)
         if name in fresh or (root / 'videos' / name).exists() and not options.overwrite:
             return None
-        video = next((path for path in (folder / source.path for folder in folders) if path.is_file()), None)
+        try:
+            video = next((path for path in (folder / source.path for folder in folders) if path.is_file()), None)
+        except (OSError, ValueError) as error:  # no permission, a name that no file can have
+            return f'unreadable video: {error}'
         if video is None:
             return f'file missing: {source.path}'
         problem = cut_clip(video.absolute(), start - source.start, end - start, root / WORK / name, options)
@@ -317,8 +325,10 @@ def cut_archive(archive: str, keyframes: dict[str, set[int]], root: Path, option
     error = None
     try:
         read()
-    except ARCHIVE_ERRORS as stop:
+    except (*ARCHIVE_ERRORS, ImportError, ValueError) as stop:  # the latter for protocols that fsspec lacks
         error = f'{type(stop).__name__}: {stop}'.split('\n')[0]
+    if KILLED in results.values():
+        error = KILLED
     shutil.rmtree(work)
     return archive, [(*key, result) for key, result in results.items()], error
 
@@ -328,7 +338,7 @@ def find_archives(names: list[str]) -> list[str]:
     archives = []
     for name in names:
         if name.startswith('@'):
-            archives += find_archives(Path(name[1:]).read_text().split('\n'))
+            archives += find_archives([line.lstrip('@') for line in Path(name[1:]).read_text(errors='replace').split('\n')])
         elif '://' in name:
             archives.append(name)
         elif name:
@@ -340,17 +350,27 @@ def find_archives(names: list[str]) -> list[str]:
 def workspace(path: Path):
     """A folder for unfinished files that belongs to this run alone, emptied before and removed after."""
     path.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDONLY)
     try:
+        handle = os.open(path, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends, however
+        if not os.path.samestat(os.fstat(handle), path.stat()):  # the other run has just ended and removed it
+            raise FileNotFoundError
+    except (BlockingIOError, FileNotFoundError):
+        sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
+    try:
         for leftover in path.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield path
-        shutil.rmtree(path)
-    except BlockingIOError:
-        sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
     finally:
+        shutil.rmtree(path, ignore_errors=True)
         os.close(handle)
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    """Write a text file beside its final name, then rename it."""
+    part = path.with_suffix('.part')
+    part.write_text(''.join(line + '\n' for line in lines))
+    os.replace(part, path)
 
 
 def write_report(path: Path, header: list[str], rows: list[tuple]) -> None:
@@ -366,7 +386,7 @@ def cut_files(args: argparse.Namespace, keyframes: dict[str, set[int]]) -> tuple
     if not args.kinetics_list.is_file():
         sys.exit(f'error: {args.kinetics_list} not found; do Step 1 or set --kinetics_list')
     sources, problems = read_sources(args.kinetics_list, keyframes)
-    if not sources:
+    if not any(sources.values()):
         sys.exit(f'error: {args.kinetics_list} holds none of the {len(keyframes)} annotated videos; is it the list of '
                  f'the Kinetics-700 {args.split} videos?')
     rows = [(video, second, 'video not in the list') for video in keyframes.keys() - sources.keys()
@@ -398,14 +418,17 @@ def cut_archives(args: argparse.Namespace, keyframes: dict[str, set[int]]) -> tu
         ledger.unlink(missing_ok=True)
     staged.mkdir(exist_ok=True)
     ledger.parent.mkdir(exist_ok=True)
-    for line in open(ledger) if ledger.is_file() else ():
-        entry = json.loads(line) if line.endswith('\n') else {}  # the last line of a killed run may be torn
-        if entry.get('annotations') == identity:
-            finished.add(entry['archive'])
-            note(entry['cuts'])
+    entries = []
+    for line in ledger.read_text().splitlines() if ledger.is_file() else ():
+        with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
+            entries += [entry for entry in [json.loads(line)] if entry['annotations'] == identity]
+    for entry in entries:
+        finished.add(entry['archive'])
+        note(entry['cuts'])
     archives = [archive for archive in find_archives(args.kinetics_archives) if archive not in finished]
     answers = Parallel(n_jobs=args.num_workers, return_as='generator_unordered', pre_dispatch='n_jobs')(
         delayed(cut_archive)(archive, keyframes, root, args) for archive in archives)
+    write_lines(ledger, [json.dumps(entry) for entry in entries])
     with open(ledger, 'a') as file:
         for archive, cuts, error in tqdm(answers, total=len(archives), desc='read', unit='archive', delay=1):
             note(cuts)
@@ -438,10 +461,10 @@ def cut_archives(args: argparse.Namespace, keyframes: dict[str, set[int]]) -> tu
             if fresh:
                 os.replace(chosen[name], root / 'videos' / name)
             cut, kept = cut + fresh, kept + (not fresh)
-        for name in ranges[video] - names:  # chosen before the archive was read that has a better source
+        for name in ranges[video] - names if not lost else ():  # chosen before a better source was known
             (root / 'videos' / name).unlink(missing_ok=True)
-    if not problems:  # else an archive that is read later may change the plan
-        shutil.rmtree(staged)
+    if not any(staged.iterdir()):  # else ranges that an archive read later may ask for
+        staged.rmdir()
     return cut, kept, rows, problems
 
 

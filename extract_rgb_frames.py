@@ -83,7 +83,7 @@ def extract_clip(clip: str, root: Path, overwrite: bool) -> tuple[str, str, str]
         return clip, 'failed', f'unreadable clip: {getattr(error, "strerror", None) or error}'
     if count != len(expected):
         return clip, 'failed', f'wrong number of frames: {count} instead of {len(expected)}; cut it again, Step 3'
-    if frames.exists():
+    if os.path.lexists(frames):
         os.replace(frames, f'{work}.old')
     os.replace(work, frames)
     return clip, 'extracted', ''
@@ -93,16 +93,19 @@ def extract_clip(clip: str, root: Path, overwrite: bool) -> tuple[str, str, str]
 def workspace(path: Path):
     """A folder for unfinished files that belongs to this run alone, emptied before and removed after."""
     path.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDONLY)
     try:
+        handle = os.open(path, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends, however
+        if not os.path.samestat(os.fstat(handle), path.stat()):  # the other run has just ended and removed it
+            raise FileNotFoundError
+    except (BlockingIOError, FileNotFoundError):
+        sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
+    try:
         for leftover in path.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield path
-        shutil.rmtree(path)
-    except BlockingIOError:
-        sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
     finally:
+        shutil.rmtree(path, ignore_errors=True)
         os.close(handle)
 
 
@@ -123,7 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     clips = [name[:-4] for name in files if name.endswith('.mp4') and CLIP_NAME.fullmatch(name[:-4])]
     if not clips:
         sys.exit(f'error: {root / "videos"} holds no clip; do Step 3 (cut_kinetics.py) first')
-    rows = [(name, 'not a clip: no name like ID_000001_000005.mp4') for name in files if name[:-4] not in set(clips)]
+    known = {f'{clip}.mp4' for clip in clips}
+    rows = [(name, 'not a clip: no name like ID_000001_000005.mp4') for name in files if name not in known]
 
     (root / 'rawframes').mkdir(exist_ok=True)
     counts = Counter()

@@ -2,10 +2,10 @@
 """Step 6: detect the people on the annotated keyframes.
 
 Reads ROOT/kinetics_train.csv and ROOT/rawframes, or ROOT/videos where a clip has no raw frames, runs a person detector
-of mmdetection on every annotated keyframe and on the seconds before and after it, and writes ROOT/kinetics_proposal.pkl: a dict with keys '<video_id>,<second:04d>'
-and values float64 (n, 5) of x1, y1, x2, y2, score, relative to the frame, score > 0.7. A frame without people has no
-key. Frames that could not be read are in ROOT/reports/fetch_proposal_train.csv. Run it again to continue after an
-interruption.
+of mmdetection on every annotated keyframe and on the seconds before and after it, and writes
+ROOT/kinetics_proposal.pkl: a dict with keys '<video_id>,<second:04d>' and values float64 (n, 5) of x1, y1, x2, y2,
+score, relative to the frame, score > 0.7. A frame without people has no key. Frames that could not be read are in
+ROOT/reports/fetch_proposal_train.csv. Run it again to continue after an interruption.
 
     python3 fetch_proposal.py --avakinetics_root=$MMACTION2/data/ava_kinetics \\
         --datalist=$MMACTION2/data/ava_kinetics/kinetics_train.csv \\
@@ -28,7 +28,7 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import cv2
 import decord
@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--num_gpus', type=int, metavar='N', default=argparse.SUPPRESS,
                         help='GPUs to use, 0 for the CPU (default: all that are visible)')
     parser.add_argument('--batch_size', type=int, metavar='N', default=argparse.SUPPRESS,
-                        help='frames of equal size that the detector takes at once (default: 8 on a GPU, 1 on the CPU)')
+                        help='frames of equal size that the detector takes at once (default: 8 on a GPU, 4 on the CPU)')
     parser.add_argument('--num_workers', type=int, metavar='N', default=argparse.SUPPRESS,
                         help='processes that load frames, for each GPU (default: 4 on a GPU, 1 on the CPU)')
     parser.add_argument('--amp', action='store_true', help='mixed precision: faster, and moves boxes a little')
@@ -167,10 +167,11 @@ def load_detector(options: Options):
     register_all_modules()
     config, weights = load_config(options.config), read_weights(options.checkpoint)
     try:
-        # boxes below the threshold would be thrown away in the end: a margin is kept for what rounding may do
-        final = config.model.test_cfg.get('rcnn', config.model.test_cfg)
+        # Boxes of a two-stage detector below the threshold would be thrown away in the end, and in its suppression a
+        # box never yields to one of lower score; a margin is kept for what rounding may do
+        final = config.model.test_cfg.get('rcnn') or {}
         if 'score_thr' in final:
-            final.score_thr = max(final.score_thr, options.score_thr - 0.01)
+            final['score_thr'] = max(final['score_thr'], options.score_thr - 0.01)
         model = revert_sync_batchnorm(MODELS.build(config.model))
         pipeline = copy.deepcopy(get_test_pipeline_cfg(config))
         pipeline[0].type = 'mmdet.LoadImageFromNDArray'
@@ -273,7 +274,13 @@ def detect_shard(path: Path, root: Path, frames: list[tuple[str, str, int]], opt
                 proposals[key] = people
         progress(len(batch))
 
-    for key, data in loader:
+    def load() -> Iterator[tuple[str, dict | str]]:
+        try:
+            yield from loader
+        except Exception as error:  # whatever an arbitrary pipeline raises; a loading process that was killed
+            raise RuntimeError(f'in loading frames ({type(error).__name__}: {error})'.replace('\n', ' ')) from error
+
+    for key, data in load():
         if isinstance(data, str):
             problems[key] = data
             progress(1)
@@ -344,10 +351,24 @@ def read_shard(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         return Unpickler(file).load()
 
 
+def digest(path: Path) -> str:
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def read_stamp(stamp: Path, target: Path, inputs: dict) -> list[str] | None:
+    """The keys that could not be read when `target` was made of these inputs, or None if it was not, or was changed."""
+    try:
+        noted = json.loads(stamp.read_text())
+        return noted['unreadable'] if noted == {**noted, **inputs, 'pickle': digest(target)} else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def draw_box(tile: np.ndarray, box: list[float], text: str, colour: tuple, thickness: int, below: bool) -> None:
     """Draw a relative box and its label on a dark ground, above or below it, into a BGR picture."""
     height, width = tile.shape[:2]
-    x1, y1, x2, y2 = (np.array(box) * [width, height, width, height]).round().astype(int).tolist()
+    x1, y1, x2, y2 = (np.clip(box, 0, 1) * [width, height, width, height]).round().astype(int).tolist()
     cv2.rectangle(tile, (x1, y1), (x2, y2), colour, thickness)
     y = min(y2 + 14, height) if below else max(y1, 14)
     cv2.rectangle(tile, (x1, y - 14), (x1 + 8 * len(text) + 2, y), (30, 30, 30), -1)
@@ -366,7 +387,8 @@ def draw_preview(path: Path, root: Path, keyframes: dict[tuple[str, int], list],
         image = read_frame(root, clip, second)
         if not isinstance(image, str):
             scale = min((tile_width - 6) / image.shape[1], (tile_height - margin) / image.shape[0])
-            image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+            image = cv2.resize(image, [max(1, int(side * scale)) for side in image.shape[1::-1]],
+                               interpolation=cv2.INTER_AREA)
             for *box, score in proposals.get(f'{clip[:-14]},{second:04d}', ()):
                 draw_box(image, box, f'{score:.2f}', orange, 3, True)
             actions = {}
@@ -410,26 +432,33 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f'error: {checkpoint} not found; set --checkpoint to a file or URL')
 
     config = load_config(args.config)
-    with open(checkpoint, 'rb') as file:
-        inputs = dict(
-            frames=hashlib.sha256(json.dumps(frames).encode()).hexdigest(),
-            config=hashlib.sha256(config.pretty_text.encode()).hexdigest(),
-            checkpoint=hashlib.file_digest(file, 'sha256').hexdigest(), score_thr=args.score_thr, amp=args.amp)
-    identity = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
+    inputs = dict(frames=hashlib.sha256(json.dumps(frames).encode()).hexdigest(),
+                  config=hashlib.sha256(config.pretty_text.encode()).hexdigest(), checkpoint=digest(checkpoint),
+                  score_thr=args.score_thr, amp=args.amp)
     stamp = target.with_name(f'{target.name}.inputs.json')
-    if target.is_file() and stamp.is_file() and json.loads(stamp.read_text()) == inputs and not args.overwrite:
+    proposals, unreadable = {}, None if args.overwrite else read_stamp(stamp, target, inputs)
+    if unreadable is not None:  # the pickle is there: only frames that could not be read are tried again
         with open(target, 'rb') as file:
             proposals = Unpickler(file).load()
-        print(f'{target} is there already, made from the same frames with the same detector; nothing to do')
+        frames_left = {key: frames[key] for key in unreadable}
+        print(f'{target} is there already, of the same list and detector; '
+              + (f'{len(frames_left)} unreadable frames are tried again' if frames_left else 'nothing to do'))
+    else:
+        frames_left = frames
+    if not frames_left:
         if preview:
             draw_preview(preview, root, keyframes, proposals)
             print(f'  preview: {preview}')
         return
+    identity = hashlib.sha256(json.dumps([inputs, sorted(frames_left)]).encode()).hexdigest()[:12]
 
     import torch
-    gpus = min(getattr(args, 'num_gpus', torch.cuda.device_count()), torch.cuda.device_count())
+    gpus, visible = getattr(args, 'num_gpus', -1), torch.cuda.device_count()
+    if gpus > visible > 0:
+        print(f'only {visible} of {gpus} GPUs are visible', file=sys.stderr)
+    gpus = min(gpus, visible) if gpus >= 0 else visible
     options = [Options(args.config, checkpoint, device, args.score_thr, args.amp,
-                       getattr(args, 'batch_size', 1 if device == 'cpu' else 8),
+                       getattr(args, 'batch_size', 4 if device == 'cpu' else 8),
                        getattr(args, 'num_workers', 1 if device == 'cpu' else 4))
                for device in ([f'cuda:{number}' for number in range(gpus)] or ['cpu'])]
     folder = target.with_name(f'{target.name}.{identity}.shards')  # bound to all inputs: another detector has another
@@ -437,7 +466,7 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     load_detector(options[0])  # a checkpoint that does not fit ends the run here
     folder.mkdir(parents=True, exist_ok=True)
-    items = [(key, *frame) for key, frame in frames.items()]
+    items = [(key, *frame) for key, frame in frames_left.items()]
     shards = {folder / f'{index:08d}.pkl': items[index:index + SHARD] for index in range(0, len(items), SHARD)}
     todo = {path: shard for path, shard in shards.items() if not path.is_file()}
     with tqdm(total=len(items), initial=sum(len(shards[path]) for path in shards.keys() - todo.keys()), desc='detect',
@@ -450,7 +479,7 @@ def main(argv: list[str] | None = None) -> None:
                     detect_shard(path, root, shard, options[0], bar.update)
         except RuntimeError as error:
             sys.exit(f'error: the detector failed {error}; what is done is saved, the same command continues')
-    proposals, unreadable = {}, {}
+    unreadable = {}
     for path in shards:
         for whole, part in zip((proposals, unreadable), read_shard(path)):
             whole.update(part)
@@ -464,10 +493,10 @@ def main(argv: list[str] | None = None) -> None:
     if len(unreadable) == len(frames):
         shutil.rmtree(folder)
         sys.exit(f'error: not one frame could be read; {report} says why')
-    stamp.unlink(missing_ok=True)
-    write_pickle(target, proposals)
-    if not unreadable:  # else a second run tries those frames again
-        stamp.write_text(json.dumps(inputs, indent=1) + '\n')
+    write_pickle(target, dict(sorted(proposals.items())))
+    part = stamp.with_name(stamp.name + '.part')
+    part.write_text(json.dumps({**inputs, 'unreadable': sorted(unreadable), 'pickle': digest(target)}, indent=1) + '\n')
+    os.replace(part, stamp)
     shutil.rmtree(folder)
 
     print(f'{sum(map(len, proposals.values()))} people on {len(proposals)} of {len(frames)} frames in {target}')

@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Callable, Iterator
 
 import numpy as np
 
@@ -117,6 +117,18 @@ def original_of(path: Path) -> Path:
     return path.with_suffix('.ava_only' + path.suffix)
 
 
+def own_file(path: Path, copy_ava: str, problems: list[tuple], read: Callable, of_kinetics: Callable) -> tuple[Path, Any]:
+    """AVA's own file and what it holds: `path` where nothing of Kinetics is in it, else the one kept beside it."""
+    for candidate in path, original_of(path):
+        if candidate.is_file():
+            found = []
+            content = read(candidate, found)
+            if not any(map(of_kinetics, content)):
+                problems += found
+                return candidate, content
+    sys.exit(f'error: {path} holds Kinetics already, merged by another program; {copy_ava}')
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     root, notes = args.avakinetics_root, args.avakinetics_root / 'annotations'
@@ -127,17 +139,16 @@ def main(argv: list[str] | None = None) -> None:
                        *((notes / name, copy_ava) for name in own_names)):
         if not path.is_file():
             sys.exit(f'error: {path} not found; {hint}')
-    own_csv, own_pickle = (original_of(notes / name) if original_of(notes / name).exists() else notes / name
-                           for name in own_names)
     merged_csv, merged_pickle = (notes / name for name in merged_names)
 
     problems = []
     kinetics = list(read_rows(root / rows_name, CLIP, problems))
-    ava = list(read_rows(own_csv, re.compile(f'{VIDEO.pattern}|{CLIP.pattern}'), problems))
-    if any(CLIP.fullmatch(name) for name, _ in ava):
-        sys.exit(f'error: {own_csv} holds Kinetics rows already, merged by another program; {copy_ava}')
+    videos = {name[:11] for name, _ in kinetics}
+    own_csv, ava = own_file(notes / own_names[0], copy_ava, problems, lambda path, problems: list(read_rows(
+        path, re.compile(f'{VIDEO.pattern}|{CLIP.pattern}'), problems)), lambda row: CLIP.fullmatch(row[0]))
+    own_pickle, ava_proposals = own_file(notes / own_names[1], copy_ava, problems, read_proposals,
+                                         lambda key: key[:11] in videos)
     proposals = read_proposals(root / proposals_name, problems)
-    ava_proposals = read_proposals(own_pickle, problems)
     for path, rows in (root / rows_name, kinetics), (own_csv, ava):
         if not rows:
             sys.exit(f'error: {path} holds no row of annotations; make it anew')
@@ -150,10 +161,10 @@ def main(argv: list[str] | None = None) -> None:
     buffer = io.BytesIO()
     Pickler(buffer, protocol=4).dump(proposals)
     parts[1].write_bytes(buffer.getvalue())
-    for path in merged_csv, merged_pickle:
-        if args.split == 'train' and not original_of(path).exists():
+    for path in own_csv, own_pickle:
+        if path in (merged_csv, merged_pickle):  # about to be replaced
             copy = path.with_name(path.name + '.copy')
-            shutil.copy2(path, copy)
+            shutil.copyfile(path, copy)
             os.replace(copy, original_of(path))
     for part, path in zip(parts, (merged_csv, merged_pickle)):
         os.replace(part, path)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
+NAME = re.compile(r'[A-Za-z0-9_-]{11}(_\d{6}_\d{6})?')
 AVA_START_S = 900  # AVA's frames begin at minute 15 of the movie
 CLIP_NAME = re.compile(r'[A-Za-z0-9_-]{11}_(?P<start>\d{6})_(?P<end>\d{6})')
 
@@ -50,14 +51,17 @@ def link_folder(source: Path, link: Path) -> str:
     return outcome
 
 
-def read_annotated(path: Path) -> dict[str, set[int]]:
-    """The annotated seconds of every clip and AVA video in the merged annotations."""
-    seconds = {}
-    with open(path) as file:
-        for line in file:
-            name, second, _ = line.split(',', 2)
-            seconds.setdefault(name, set()).add(int(second))
-    return seconds
+def read_annotated(path: Path) -> tuple[dict[str, set[int]], list[tuple]]:
+    """The annotated seconds of every clip and AVA video in the merged annotations, and report rows on malformed lines."""
+    seconds, problems = {}, []
+    with open(path, errors='replace') as file:
+        for number, line in enumerate(file, 1):
+            row = line.split(',')
+            if len(row) == 8 and NAME.fullmatch(row[0]) and row[1].isdecimal():
+                seconds.setdefault(row[0], set()).add(int(row[1]))
+            else:
+                problems.append((f'line {number} of {path.name}', 'malformed row: training stops at it'))
+    return seconds, problems
 
 
 def missing_frames(folder: Path, seconds: set[int]) -> str | None:
@@ -73,19 +77,25 @@ def missing_frames(folder: Path, seconds: set[int]) -> str | None:
     return f'frames missing: {len(missing)} of {len(wanted)}, first img_{missing[0]:05d}.jpg' if missing else None
 
 
-def count_proposals(path: Path) -> int:
-    """How many frames a merged pickle has proposals for, without making objects of what it names."""
+def count_proposals(path: Path) -> str:
+    """How many frames a merged pickle has proposals for, read without making objects of what it names."""
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
             return type('Ignored', (), {'__init__': lambda self, *args: None, '__setstate__': lambda self, state: None})
 
-    with open(path, 'rb') as file:
-        return len(Unpickler(file).load())
+    try:
+        with open(path, 'rb') as file:
+            return str(len(Unpickler(file).load()))
+    except (pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError,
+            MemoryError, OverflowError, RecursionError, UnicodeError):
+        return 'no readable'
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     root, ava = args.avakinetics_root, args.ava_root.absolute() / 'rawframes'
+    if args.ava_root.resolve() == root.resolve():
+        sys.exit('error: --ava_root and --avakinetics_root are the same folder; AVA has one of its own')
     if not ava.is_dir():
         sys.exit(f'error: {ava} not found; extract the frames of AVA or set --ava_root')
     if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
@@ -108,9 +118,9 @@ def main(argv: list[str] | None = None) -> None:
     annotations = root / 'annotations/ava_train_v2.2.csv'
     if not annotations.is_file():
         sys.exit(f'error: {annotations} not found, so the data set cannot be checked; do Step 7 (merge_annotations.py)')
-    annotated, rows = read_annotated(annotations), []
+    annotated, rows = read_annotated(annotations)
     clips = sum(bool(CLIP_NAME.fullmatch(name)) for name in annotated)
-    raw = any(CLIP_NAME.fullmatch(entry.name) for entry in os.scandir(root / 'rawframes'))
+    raw = any(CLIP_NAME.fullmatch(name) and (root / 'rawframes' / name).is_dir() for name in annotated)
     for name, seconds in tqdm(annotated.items(), desc='check', unit='clip', delay=1):
         if CLIP_NAME.fullmatch(name) and not raw:  # no raw frames were made: training reads the clips
             problem = None if (root / f'videos/{name}.mp4').is_file() else 'clip missing: No such file or directory'
@@ -128,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         total = sum(1 for _ in file)
     proposals = root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl'
     print(f'AVA-Kinetics in {root}: {clips} Kinetics clips and {len(annotated) - clips} AVA videos annotated, '
-          f'{total} rows, {count_proposals(proposals) if proposals.is_file() else "no"} frames with proposals')
+          f'{total} rows, {count_proposals(proposals)} frames with proposals')
     if rows:
         print(f'  {len(rows)} of {len(annotated)} lack frames, so training would stop at them; report: {report}')
         sys.exit(f'error: the data set is not complete; {rows[0][0]}: {rows[0][1]}')

@@ -10,6 +10,7 @@ compared. Without --frames, frames are drawn; with random weights the classifier
 import argparse
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -74,7 +75,8 @@ def timed(work, device: str) -> tuple[float, float]:
 
     def watch():
         while not done.wait(0.1):
-            busy.append(torch.cuda.utilization(device))
+            busy.append(float(subprocess.run(['nvidia-smi', '--query-gpu=utilization.gpu', '--format=csv,noheader,nounits'],
+                                             capture_output=True, text=True).stdout.split()[0]))
     if device != 'cpu':
         torch.cuda.synchronize()
         threading.Thread(target=watch).start()
@@ -88,6 +90,7 @@ def timed(work, device: str) -> tuple[float, float]:
 
 def arithmetic_limit(device: str, half: bool) -> float:
     """Floating point operations a second of a large matrix product."""
+    torch.backends.cuda.matmul.allow_tf32 = True  # as cuDNN's convolutions do
     size = 8192 if device != 'cpu' else 2048
     a = torch.randn(size, size, device=device, dtype=torch.float16 if half else torch.float32)
     a @ a

@@ -65,7 +65,8 @@ def test_clips_are_those_of_the_list(kinetics, archives, tmp_path):
     assert read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:] == [
         ['eeeeeeeeeee', '3', 'video in no archive that was read']]
     assert sorted(path.name for path in tmp_path.iterdir()) == ['1.tar', '2.tar.gz', '3.tar', 'root']
-    assert sorted(path.name for path in (tmp_path / 'root').iterdir()) == ['reports', 'videos']
+    assert sorted(path.name for path in (tmp_path / 'root').iterdir()) == [
+        '.cut_kinetics_train_staged', 'reports', 'videos']  # ranges of videos with several annotated seconds
 
 
 def test_patterns_and_files_of_names(kinetics, archives, tmp_path):
@@ -169,9 +170,28 @@ def test_killed_in_the_middle_and_run_again(kinetics, archives, tmp_path):
             process.wait()
     subprocess.run(command, check=True, capture_output=True)
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
-    assert sorted(path.name for path in (tmp_path / 'root').iterdir()) == ['reports', 'videos']
+    assert not (tmp_path / 'root/.cut_kinetics').exists()
+
+
+def test_one_archive_after_the_other(kinetics, archives, tmp_path):
+    """Each may be deleted once it was read, although a later one holds a better source of a second."""
+    for path in archives:
+        cut(kinetics, tmp_path / 'root', '--kinetics_archives', path)
+        path.unlink()
+    assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
+
+
+def test_a_torn_ledger_is_mended(kinetics, archives, tmp_path):
+    cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives[:2])
+    with open(tmp_path / 'root/reports/cut_kinetics_train_archives.jsonl', 'a') as file:
+        file.write('{"annotations": "torn')
+    for _ in range(2):
+        cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
+    assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
 def test_errors_say_what_to_do(kinetics, tmp_path):
     assert 'not one clip' in errors(cut(kinetics, tmp_path / 'root', '--kinetics_archives', tmp_path / 'none.tar', code=1))
+    done = cut(kinetics, tmp_path / 'root', '--kinetics_archives', 's4://bucket/x.tar', code=1)
+    assert 'not one clip' in errors(done) and '1 lines or archives skipped: unreadable archive' in done.stdout
     assert 'none.txt' in errors(cut(kinetics, tmp_path / 'root', '--kinetics_archives', f'@{tmp_path}/none.txt', code=1))

@@ -8,7 +8,9 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import cv2
 import decord
+import numpy as np
 import pytest
 
 import draw
@@ -86,6 +88,26 @@ def test_clips_are_what_training_expects(matrix):
     for path in (matrix[0] / 'root/videos').iterdir():
         said = subprocess.run([draw.FFMPEG, '-i', str(path)], capture_output=True, text=True).stderr
         assert 'Video: h264' in said and 'yuv420p' in said and 'Audio' not in said and 'rotation' not in said
+
+
+@pytest.mark.parametrize('matrix_name,tagged', [('bt601', True), ('bt709', True), ('bt601', False)])
+def test_colours_reach_the_frames(world, matrix_name, tagged):
+    """Red, green, blue and grey of a source tagged BT.709, BT.601 or not at all are the same in the JPEG."""
+    colours = [(20, 20, 220), (30, 200, 30), (210, 40, 20), (128, 128, 128)]
+    image = np.hstack([np.full((96, 48, 3), colour, np.uint8) for colour in colours])
+    path = world / 'kinetics700/a/aaaaaaaaaaa_000000_000010.mp4'
+    path.parent.mkdir()
+    tags = {'bt601': 'smpte170m', 'bt709': 'bt709'}[matrix_name]
+    draw.encode(path, [image] * 90, 30, (192, 96), options=[
+        '-crf', '10', '-vf', f'scale=out_color_matrix={matrix_name}:out_range=limited',
+        *(['-colorspace', tags, '-color_primaries', tags, '-color_trc', tags] if tagged else [])])
+    make(world, {}, annotation_rows('aaaaaaaaaaa', 1), [str(path)])
+    cut(world)
+    run('extract_rgb_frames.py', f'--avakinetics_root={world}/root')
+    frame = cv2.imread(str(world / 'root/rawframes/aaaaaaaaaaa_000000_000003/img_00031.jpg')).astype(int)
+    for index, colour in enumerate(colours):
+        seen = frame[20:76, 48 * index + 12:48 * index + 36].mean((0, 1))
+        assert abs(seen - colour).max() < 6, (colour, seen)
 
 
 def test_second_run_changes_nothing(matrix):
@@ -167,12 +189,15 @@ def test_every_unusable_line_is_reported_with_its_number(world):
          + 'aaaaaaaaaaa,105,0.1,0.2\n' + 'aaaaaaaaaaa,nan,0.1,0.2,0.5,0.9,3\n' + 'short,105,0.1,0.2,0.5,0.9,3\n'
          + 'aaaaaaaaaaa,105,0.5,0.2,0.1,0.9,3\n' + 'aaaaaaaaaaa,105,0.1,0.2,inf,0.9,3\n'
          + 'aaaaaaaaaaa,105,0.1,0.2,0.5,0.9,81\n' + 'aaaaaaaaaaa,105,0.1,0.2,0.5,x,3\n'
-         + annotation_rows('aaaaaaaaaaa', 150) + annotation_rows('bbbbbbbbbbb', 3) + annotation_rows('ccccccccccc', 3, 0),
-         ['a b (c)/aaaaaaaaaaa_000100_000110.mp4', 'a/no_name.mp4 3', 'a/bbbbbbbbbbb_000020_000010.mp4 3'])
+         + annotation_rows('aaaaaaaaaaa', 150) + annotation_rows('bbbbbbbbbbb', 3) + annotation_rows('ccccccccccc', 3, 0)
+         + annotation_rows('ddddddddddd', 3),
+         ['a b (c)/aaaaaaaaaaa_000100_000110.mp4', 'a/no_name.mp4 3', 'a/bbbbbbbbbbb_000020_000010.mp4 3',
+          'a/ddddddddddd_000020_000030.mp4'])
     done = cut(world)
-    assert clips(world) == ['aaaaaaaaaaa_000103_000107.mp4'] and '1 of 3 annotated keyframes' in done.stdout
+    assert clips(world) == ['aaaaaaaaaaa_000103_000107.mp4'] and '1 of 4 annotated keyframes' in done.stdout
     assert read_csv(world / 'root/reports/cut_kinetics_train.csv')[1:] == [
         ['aaaaaaaaaaa', '150', 'no listed video holds this second'], ['bbbbbbbbbbb', '3', 'video not in the list'],
+        ['ddddddddddd', '3', 'no listed video holds this second'],
         ['', '', 'malformed annotation: line 2: 4 columns instead of 7 or 2'],
         ['', '', 'malformed annotation: line 3: not a time in seconds, nan'],
         ['', '', "malformed annotation: line 4: not a video id, 'short'"],

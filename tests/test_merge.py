@@ -62,6 +62,29 @@ def test_merging_twice_is_merging_once_and_a_later_merge_is_a_first_one(root):
     assert load(root / PICKLE).keys() == {*AVA, 'aaaaaaaaaaa,0104'}
 
 
+def test_ava_copied_again_is_taken_anew(root):
+    merge(root)
+    before = snapshot(root)
+    (root / CSV).write_text(AVA_ROWS.rstrip('\n'))
+    merge(root)
+    assert snapshot(root) == before
+    (root / CSV).write_text(AVA_ROWS.replace('0.100', '0.150'))  # a corrected AVA
+    (root / PICKLE).write_bytes(sample_world.fair_pickle({'-5KQ66BBWC4,0903': np.ones((1, 5))}))
+    merge(root)
+    assert (root / CSV).read_text() == KINETICS_ROWS + AVA_ROWS.replace('0.100', '0.150')
+    assert load(root / PICKLE).keys() == {'-5KQ66BBWC4,0903', *KINETICS}
+
+
+def test_a_merge_that_was_killed_between_its_two_files_is_mended(root):
+    before = {name: (root / name).read_bytes() for name in (CSV, PICKLE)}
+    merge(root)
+    after = snapshot(root)
+    for name, content in before.items():
+        (root / name).write_bytes(content)
+        merge(root)
+        assert snapshot(root) == after
+
+
 def test_the_pickle_loads_in_every_numpy(root):
     merge(root)
     stream = (root / PICKLE).read_bytes()
@@ -177,6 +200,10 @@ def test_the_closing_check_finds_what_training_would_miss(worlds):
 
 def test_link_errors_say_what_to_do(worlds, tmp_path):
     root, ava = worlds
+    assert 'same folder' in errors(link(root, root, code=1))
+    (root / CSV).write_text(KINETICS_ROWS + '\nno row\n')
+    (root / PICKLE).write_bytes(b'broken')
+    assert 'no readable frames' in link(root, ava, code=1).stdout
     assert 'set --ava_root' in errors(link(root, tmp_path / 'none', code=1))
     (tmp_path / 'bare/rawframes').mkdir(parents=True)
     assert 'holds no folder' in errors(link(root, tmp_path / 'bare', code=1))

@@ -1,0 +1,78 @@
+"""A second run over finished work, and Step 5, at sizes up to that of the real data set.
+
+    python benchmarks/scale.py FOLDER [CLIPS ...]     # FOLDER on a disk with room for 12 million names; it is emptied
+
+Clips of 120 frames are made of empty files, frames as hard links. Prints seconds and the main process's memory of Step 3
+and Step 4 (all there already) and of Step 5 and Step 7.
+"""
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+REPO = Path(__file__).parent.parent
+LINKS = 60_000  # names that one file may have; ext4 allows 65,000
+
+
+def make(folder: Path, clips: int) -> None:
+    """A finished data set of so many clips, and what it was made from: a list of videos and annotations."""
+    root, ava = folder / 'root', folder / 'ava'
+    for path in root / 'videos', root / 'rawframes', root / 'annotations', ava / 'rawframes/-5KQ66BBWC4':
+        path.mkdir(parents=True)
+    (ava / 'rawframes/-5KQ66BBWC4/img_00061.jpg').touch()
+    names = [f'{index:011d}' for index in range(clips)]
+    (folder / 'list.txt').write_text(''.join(f'class/{name}_000000_000010.mp4 1\n' for name in names))
+    (folder / 'kinetics_train_v1.0.csv').write_text(''.join(
+        f'{name},5.0,0.1,0.1,0.5,0.9,{action}\n' for name in names for action in (11, 12, 79, 80)))
+    proposals = {f'{name},{second:04d}': np.full((2, 5), 0.9) for name in names for second in (4, 5, 6)}
+    (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps(proposals))
+    (root / 'annotations/ava_train_v2.2.csv').write_text('-5KQ66BBWC4,0902,0.1,0.1,0.5,0.9,12,0\n')
+    (root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(
+        pickle.dumps({'-5KQ66BBWC4,0902': np.full((1, 5), 0.9)}))
+    made = 0
+    for name in names:
+        (root / f'videos/{name}_000003_000007.mp4').touch()
+        clip = root / f'rawframes/{name}_000003_000007'
+        clip.mkdir()
+        for frame in range(1, 121):
+            if made % LINKS == 0:
+                source = folder / f'frame_{made // LINKS}'
+                source.touch()
+            os.link(source, clip / f'img_{frame:05d}.jpg')
+            made += 1
+
+
+def run(*command) -> tuple[float, float]:
+    """Seconds and the main process's peak memory in MB."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, command
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    folder = Path(sys.argv[1])
+    print(f'{"clips":>8}{"Step 3 again":>18}{"Step 4 again":>18}{"Step 5":>18}{"merge":>18}{"link, check":>18}')
+    for clips in map(int, sys.argv[2:] or (1_000, 10_000, 30_000, 100_000)):
+        shutil.rmtree(folder, ignore_errors=True)
+        make(folder, clips)
+        notes, root = f'--avakinetics_anotation={folder}', f'--avakinetics_root={folder}/root'
+        results = [run(REPO / 'cut_kinetics.py', notes, f'--kinetics_list={folder}/list.txt', root),
+                   run(REPO / 'extract_rgb_frames.py', root), run(REPO / 'prepare_annotation.py', notes, root),
+                   run(REPO / 'merge_annotations.py', root), run(REPO / 'softlink_ava.py', root, f'--ava_root={folder}/ava')]
+        print(f'{clips:>8,}' + ''.join(f'{f"{seconds:.1f} s {memory:.0f} MB":>18}' for seconds, memory in results),
+              flush=True)
+    shutil.rmtree(folder)
+
+
+if __name__ == '__main__':
+    main()
