@@ -311,7 +311,7 @@ def detect_on_all(shards: dict[Path, list[tuple]], root: Path, options: list[Opt
             try:
                 future.result()
                 bar.update(len(shards[future.path]))
-            except (RuntimeError, SystemExit, OSError) as error:  # BrokenProcessPool is a RuntimeError
+            except (Exception, SystemExit) as error:  # whatever a GPU that is lost, full or not there makes torch raise
                 tqdm.write(f'{option.device} is given up, the others go on: {error}', file=sys.stderr)
                 pools.pop(option).shutdown(wait=False)
                 todo.insert(0, future.path)

@@ -37,6 +37,12 @@ def overlap(a, b):
     return both / ((a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1)[None] - both)
 
 
+def assert_same_people(a, b):
+    """As many boxes, and boxes and scores within 2e-3: batches of another make-up may round otherwise."""
+    assert a.shape == b.shape
+    np.testing.assert_allclose(a[a[:, 0].argsort()], b[b[:, 0].argsort()], atol=2e-3)
+
+
 SIZES = [(340, 256), (426, 240), (320, 240), (456, 256)]
 
 
@@ -106,8 +112,7 @@ def test_boxes_are_those_of_inference_detector(fetched, tiny):
         expected = np.hstack([np.clip(result.bboxes[chosen] / [width, height, width, height], 0, 1),
                               result.scores[chosen, None]])
         found = proposals[f'scene-{scene:05d},00{10 + second}']
-        assert found.shape == expected.shape
-        np.testing.assert_allclose(found[found[:, 0].argsort()], expected[expected[:, 0].argsort()], atol=2e-3)
+        assert_same_people(found, expected)
 
 
 def test_preview_shows_annotations_and_proposals(fetched):
@@ -157,7 +162,7 @@ def test_unreadable_frames_cost_themselves_only(fetched, tmp_path):
     assert '207 of 210 frames' in done.stdout
     expected = load(fetched[0] / 'kinetics_proposal.pkl')
     for key, boxes in load(root / 'kinetics_proposal.pkl').items():
-        assert (boxes == expected[key]).all()
+        assert_same_people(boxes, expected[key])
     before = snapshot(root)
     assert '3 unreadable frames are tried again' in fetch(root).stdout
     assert snapshot(root) == before
@@ -165,7 +170,10 @@ def test_unreadable_frames_cost_themselves_only(fetched, tmp_path):
         name = f'rawframes/scene-{scene:05d}_000010_000014/img_00061.jpg'
         shutil.copy(fetched[0] / name, root / name)
     fetch(root)
-    assert (root / 'kinetics_proposal.pkl').read_bytes() == (fetched[0] / 'kinetics_proposal.pkl').read_bytes()
+    mended = load(root / 'kinetics_proposal.pkl')
+    assert mended.keys() == expected.keys()
+    for key, boxes in mended.items():
+        assert_same_people(boxes, expected[key])
 
 
 def test_a_failing_model_ends_the_run_with_what_was_saved(fetched, tmp_path):
@@ -270,8 +278,7 @@ def test_batches_give_the_same_boxes(fetched, tmp_path, options):
     batched, single = load(tmp_path / 'batched.pkl'), load(fetched[0] / 'kinetics_proposal.pkl')
     assert batched.keys() == single.keys()
     for key, boxes in batched.items():
-        assert boxes.shape == single[key].shape
-        np.testing.assert_allclose(boxes[boxes[:, 0].argsort()], single[key][single[key][:, 0].argsort()], atol=2e-3)
+        assert_same_people(boxes, single[key])
 
 
 def test_the_documented_architecture_in_batches(tmp_path):
@@ -298,7 +305,7 @@ def test_neighbors_and_score_thr(fetched, tmp_path):
     few, all_of_them = load(tmp_path / 'few.pkl'), load(fetched[0] / 'kinetics_proposal.pkl')
     assert few and few.keys() <= {f'scene-{scene:05d},0012' for scene in range(70)}
     for key, boxes in few.items():
-        assert (boxes == all_of_them[key][all_of_them[key][:, 4] > 0.99]).all()
+        assert_same_people(boxes, all_of_them[key][all_of_them[key][:, 4] > 0.99])
     assert 'must be' in errors(fetch(fetched[0], '--neighbors=-1', code=1))
     assert 'must be' in errors(fetch(fetched[0], '--batch_size=0', code=1))
     assert 'must be' in errors(fetch(fetched[0], '--score_thr=1', code=1))
@@ -339,6 +346,7 @@ def test_a_lost_gpu_gives_its_shard_to_the_others(fetched, tmp_path, capsys):
     for path, shard in shards.items():
         found, problems = fetch_proposal.read_shard(path)
         assert found.keys() == {key for key, *_ in shard} and not problems
-        assert all((found[key] == expected[key]).all() for key in found)
+        for key, boxes in found.items():
+            assert_same_people(boxes, expected[key])
     with pytest.raises(RuntimeError, match='on every GPU'), tqdm(total=8) as bar:
         fetch_proposal.detect_on_all(shards, fetched[0], options[1:], bar)
