@@ -15,27 +15,37 @@ import argparse
 import contextlib
 import csv
 import errno
-import fcntl
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
+import warnings
 import zlib
 from collections import Counter
+from concurrent.futures import CancelledError
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, NamedTuple
+
+if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 import aiohttp
 import decord
+import filelock
 import fsspec
 import imageio_ffmpeg
 import tenacity
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, parallel_config
+from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
@@ -48,10 +58,15 @@ MAX_LEAD_S = 0.2  # codec delays put the first picture up to 0.1 s behind the so
 ENCODER = ['-c:v', 'libx264', '-preset', 'superfast', '-crf', '21.4', '-bf', '1', '-b_strategy', '0', '-weightp', '0',
            '-coder', 'vlc', '-threads', '1', '-pix_fmt', 'yuv420p']
 COLOURS = 'scale=out_range=limited:out_color_matrix=bt601'  # as decoders and JPEG take them; most sources have them
+# Only real containers: ffmpeg would also read a playlist under a video's name, and with it any other file
+FORMATS = 'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpegts,mpeg,ogg'
+MAX_PIXELS = 7680 * 4320  # a header that claims larger pictures would cost gigabytes of memory
+MAX_BYTES = 2 ** 30  # of a video in an archive; ten seconds have a few MB
+TIME_LIMIT = 12  # s that ffmpeg may take for each second of video, some 100 times the usual, and 30 s more
 KILLED = 'unreadable video: ffmpeg was killed, as it happens when memory runs out'
-WORK = '.cut_kinetics'  # folder of unfinished files in ROOT
+DISK_FULL = {b'No space left on device': errno.ENOSPC, b'Disk quota exceeded': errno.EDQUOT}
 ARCHIVE_ERRORS = OSError, EOFError, zlib.error, tarfile.TarError, aiohttp.ClientError, TimeoutError
-SOURCE_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>\d{6})_(?P<end>\d{6})\.[A-Za-z0-9]+')
+SOURCE_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})\.[A-Za-z0-9]+')
 
 
 class Source(NamedTuple):
@@ -80,11 +95,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
                         help='folder of the data set that is made')
     parser.add_argument('--num_workers', type=int, default=-1, metavar='N', help='parallel processes; -1: all CPUs')
+    parser.add_argument('--dask_scheduler', metavar='ADDRESS', default=argparse.SUPPRESS,
+                        help='work on the Dask cluster of this scheduler, such as tcp://host:8786, not on this machine')
     parser.add_argument('--ffmpeg', default=imageio_ffmpeg.get_ffmpeg_exe(), metavar='PATH',
                         help='ffmpeg program; other versions may choose other frames')
     parser.add_argument('--overwrite', action='store_true', help='cut clips again that are there already')
     args = parser.parse_args(argv)
-    defaults = dict(kinetics_archives=None, short_side=None,
+    defaults = dict(kinetics_archives=None, short_side=None, dask_scheduler=None,
                     kinetics_list=MMACTION2 / f'data/kinetics700/kinetics700_{args.split}_list_videos.txt')
     args = argparse.Namespace(**{**defaults, **vars(args)})
     args.num_workers = args.num_workers if args.num_workers > 0 else -1
@@ -190,8 +207,9 @@ def cut_command(ffmpeg: str, video: Path, offset: int, seconds: int, short_side:
     if short_side:
         factor = f'min(1,{short_side}/min(iw,ih))'
         filters += f"scale='2*round(iw/2*{factor})':'2*round(ih/2*{factor})',"
-    return [ffmpeg, '-nostdin', '-v', 'error', '-protocol_whitelist', 'file', '-threads', '1', '-i', f'file:{video}',
-            '-map', '0:V:0', '-vf', filters + COLOURS, '-frames:v', str(seconds * FPS), *ENCODER,
+    return [ffmpeg, '-nostdin', '-v', 'error', '-protocol_whitelist', 'file', '-format_whitelist', FORMATS,
+            '-max_pixels', str(MAX_PIXELS), '-threads', '1', '-i', f'file:{video}', '-map', '0:V:0',
+            '-vf', filters + COLOURS, '-frames:v', str(seconds * FPS), *ENCODER,
             '-map_metadata', '-1', '-map_chapters', '-1', '-f', 'mp4', '-y', str(target)]
 
 
@@ -199,11 +217,12 @@ def cut_clip(video: Path, offset: int, seconds: int, target: Path, options: argp
     """Cut one clip into `target`; return None, or the reason why it cannot be had from this video."""
     try:
         done = subprocess.run(cut_command(options.ffmpeg, video, offset, seconds, options.short_side, target),
-                              capture_output=True, timeout=60 + 60 * (offset + seconds))  # 100 times the usual
+                              capture_output=True, timeout=30 + TIME_LIMIT * (offset + seconds))
     except subprocess.TimeoutExpired:
-        return 'unreadable video: ffmpeg hangs on it'
-    if b'No space left on device' in done.stderr:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
+        return f'unreadable video: ffmpeg took more than {30 + TIME_LIMIT * (offset + seconds)} s'
+    for message, number in DISK_FULL.items():
+        if message in done.stderr:
+            raise OSError(number, os.strerror(number), str(target.parent))
     if done.returncode < 0:
         return KILLED
     if done.returncode:
@@ -219,6 +238,13 @@ def cut_clip(video: Path, offset: int, seconds: int, target: Path, options: argp
         return 'source too short: it ends {:.1f} s before the clip does'.format(
             seconds - max(0, frames - MAX_REPEAT) / FPS)
     return None
+
+
+@contextlib.contextmanager
+def unfinished(root: Path, split: str):
+    """A folder of its own for one item's unfinished files; on a cluster, two workers may happen to do the same item."""
+    with tempfile.TemporaryDirectory(dir=root / f'videos/.cut_kinetics_{split}', ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def settle_video(video_id: str, sources: list[Source], seconds: set[int],
@@ -258,25 +284,36 @@ def cut_video(video_id: str, sources: list[Source], seconds: set[int], folders: 
             return f'unreadable video: {error}'
         if video is None:
             return f'file missing: {source.path}'
-        problem = cut_clip(video.absolute(), start - source.start, end - start, root / WORK / name, options)
+        problem = cut_clip(video.absolute(), start - source.start, end - start, work / name, options)
         if not problem:
             fresh.add(name)
         return problem
 
-    names, lost = settle_video(video_id, sources, seconds, attempt)
-    for name in names & fresh:
-        os.replace(root / WORK / name, root / 'videos' / name)
+    with unfinished(root, options.split) as work:
+        names, lost = settle_video(video_id, sources, seconds, attempt)
+        for name in names & fresh:
+            os.replace(work / name, root / 'videos' / name)
     return len(names & fresh), len(names - fresh), lost
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether reading an archive again may help: after a dropped connection, not on a full disk or a missing file."""
+    return (isinstance(error, ARCHIVE_ERRORS) and not isinstance(error, (FileNotFoundError, PermissionError))
+            and getattr(error, 'errno', None) not in DISK_FULL.values())
+
+
 patiently = tenacity.retry(stop=tenacity.stop_after_attempt(5), wait=tenacity.wait_random_exponential(max=20),
-                           retry=tenacity.retry_if_exception_type(ARCHIVE_ERRORS)
-                           & tenacity.retry_if_not_exception_type(FileNotFoundError), reraise=True)
+                           retry=tenacity.retry_if_exception(may_pass), reraise=True)
+
+
+def staged_folder(root: Path, split: str) -> Path:
+    """Where clips out of archives wait for the final plan: on the disk of ROOT/videos, which may be a link to another."""
+    return (root / 'videos' if (root / 'videos').is_symlink() else root) / f'.cut_kinetics_{split}_staged'
 
 
 def staged_clip(root: Path, split: str, key: tuple) -> Path:
-    """Where a clip out of an archive waits for the final plan; key: video, source start and end, clip start and end."""
-    return root / f'.cut_kinetics_{split}_staged' / '{}_{:06d}_{:06d}_{:06d}_{:06d}.mp4'.format(*key)
+    """The place of a clip that waits; key: video, source start and end, clip start and end."""
+    return staged_folder(root, split) / '{}_{:06d}_{:06d}_{:06d}_{:06d}.mp4'.format(*key)
 
 
 def cut_archive(archive: str, keyframes: dict[str, set[int]], root: Path, options: argparse.Namespace
@@ -288,12 +325,12 @@ def cut_archive(archive: str, keyframes: dict[str, set[int]], root: Path, option
     Returns the archive, for every range (video, source start, source end, start, end, None or the reason of a failure),
     and None or what stopped it.
     """
-    results, work = {}, root / WORK / hashlib.sha256(archive.encode()).hexdigest()[:16]
-    work.mkdir()
+    results = {}
 
     def cut_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         name = SOURCE_NAME.fullmatch(member.name.rsplit('/', 1)[-1])
-        if not name or not member.isfile() or member.name.startswith('/') or '..' in member.name.split('/'):
+        if (not name or not member.isfile() or member.issparse() or member.name.startswith('/')
+                or '..' in member.name.split('/')):
             return
         source = Source(int(name['start']), int(name['end']), name[0])
         held = [second for second in keyframes.get(name['id'], ()) if source.start <= second < source.end]
@@ -302,7 +339,10 @@ def cut_archive(archive: str, keyframes: dict[str, set[int]], root: Path, option
         there = {key for key in keys if staged_clip(root, options.split, key).exists() or not options.overwrite
                  and (root / 'videos' / clip_name(key[0], *key[3:])).exists()}
         results.update({key: None for key in there})
-        wanted = keys - results.keys()
+        wanted = sorted(keys - results.keys())
+        if member.size > MAX_BYTES:
+            results.update({key: f'unreadable video: larger than {MAX_BYTES:,} bytes' for key in wanted})
+            return
         if wanted:
             with open(work / name[0], 'wb') as file:
                 shutil.copyfileobj(tar.extractfile(member), file, 1 << 20)
@@ -323,14 +363,16 @@ def cut_archive(archive: str, keyframes: dict[str, set[int]], root: Path, option
                     tar.members.clear()  # else memory grows with the archive
 
     error = None
-    try:
-        read()
-    except (*ARCHIVE_ERRORS, ImportError, ValueError) as stop:  # the latter for protocols that fsspec lacks
-        error = f'{type(stop).__name__}: {stop}'.split('\n')[0]
+    with unfinished(root, options.split) as work:
+        try:
+            read()
+        except (*ARCHIVE_ERRORS, ImportError, ValueError) as stop:  # the latter for protocols that fsspec lacks
+            if getattr(stop, 'errno', None) in DISK_FULL.values():
+                raise
+            error = f'{type(stop).__name__}: {stop}'.split('\n')[0]
     if KILLED in results.values():
         error = KILLED
-    shutil.rmtree(work)
-    return archive, [(*key, result) for key, result in results.items()], error
+    return archive, sorted((*key, result) for key, result in results.items()), error
 
 
 def find_archives(names: list[str]) -> list[str]:
@@ -350,20 +392,65 @@ def find_archives(names: list[str]) -> list[str]:
 def workspace(path: Path):
     """A folder for unfinished files that belongs to this run alone, emptied before and removed after."""
     path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / 'lock')  # the kernel lets go when this process ends, however it ends
     try:
-        handle = os.open(path, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends, however
-        if not os.path.samestat(os.fstat(handle), path.stat()):  # the other run has just ended and removed it
-            raise FileNotFoundError
-    except (BlockingIOError, FileNotFoundError):
+        lock.acquire(blocking=False)
+    except (filelock.Timeout, FileNotFoundError):  # the latter where the other run has just ended
         sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
     try:
-        for leftover in path.iterdir():
+        for leftover in set(path.iterdir()) - {path / 'lock'}:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        os.close(handle)
+        lock.release()
+
+
+@contextlib.contextmanager
+def in_parallel(tasks: Iterable, args: argparse.Namespace, **options):
+    """The answers of joblib tasks as they come, from local processes or the cluster of --dask_scheduler."""
+    with dask_cluster(args.dask_scheduler) if args.dask_scheduler else contextlib.nullcontext():
+        os.environ['PYTHONWARNINGS'] = 'ignore'  # joblib would warn of what an interruption leaves, here and in processes
+        warnings.filterwarnings('ignore', module='joblib')
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is for this process alone
+        answers = Parallel(n_jobs=args.num_workers, return_as='generator_unordered', **options)(tasks)
+        with contextlib.closing(answers):  # which ends the tasks that are under way, when this run is interrupted
+            signal.signal(signal.SIGINT, handler)
+            try:
+                yield answers
+            except BrokenProcessPool:
+                sys.exit('error: a worker process was killed, as it happens when memory runs out; use fewer with '
+                         '--num_workers, then the same command continues')
+
+
+@contextlib.contextmanager
+def dask_cluster(address: str):
+    """Send joblib's work to the Dask cluster of the scheduler at this address."""
+    try:
+        import distributed
+    except ImportError:
+        sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
+    logging.getLogger('distributed').setLevel(logging.CRITICAL)  # it logs what is told below, with tracebacks
+    try:
+        client = distributed.Client(address, timeout=10)
+        client.wait_for_workers(1, timeout=30)
+    except (OSError, ValueError, TypeError) as error:
+        sys.exit(f'error: no Dask scheduler with workers at {address} ({str(error).splitlines()[0]}); start them first')
+
+    def submit(task, callback=None):
+        job = submit_quietly(task, callback)
+        job.add_done_callback(lambda job: job.exception() and callback(job.exception()))
+        return job
+
+    with client, parallel_config('dask', client=client):
+        # joblib 1.6 tells nobody of a task whose workers died time and again, and waits for it for ever
+        backend = get_active_backend()[0]
+        submit_quietly, backend.submit = backend.submit, submit
+        try:
+            yield client
+        except (CancelledError, distributed.KilledWorker) as error:
+            sys.exit(f'error: the Dask cluster at {address} is gone ({str(error).splitlines()[0]}); mend it, then the '
+                     'same command continues')
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
@@ -396,9 +483,9 @@ def cut_files(args: argparse.Namespace, keyframes: dict[str, set[int]]) -> tuple
     cut = kept = 0
     tasks = (delayed(cut_video)(video, sources[video], keyframes[video], folders, args.avakinetics_root, args)
              for video in sources)
-    results = Parallel(n_jobs=args.num_workers, return_as='generator_unordered')(tasks)
-    for fresh, there, lost in tqdm(results, total=len(sources), desc='cut', unit='video', delay=1):
-        cut, kept, rows = cut + fresh, kept + there, rows + lost
+    with in_parallel(tasks, args) as answers:
+        for fresh, there, lost in tqdm(answers, total=len(sources), desc='cut', unit='video', delay=1):
+            cut, kept, rows = cut + fresh, kept + there, rows + lost
     return cut, kept, rows, problems
 
 
@@ -407,7 +494,7 @@ def cut_archives(args: argparse.Namespace, keyframes: dict[str, set[int]]) -> tu
     root, results, finished, problems = args.avakinetics_root, {}, set(), []
     identity = hashlib.sha256(repr(sorted((video, sorted(keyframes[video])) for video in keyframes)).encode()).hexdigest()
     ledger = root / f'reports/cut_kinetics_{args.split}_archives.jsonl'
-    staged = root / f'.cut_kinetics_{args.split}_staged'
+    staged = staged_folder(root, args.split)
 
     def note(cuts: list[tuple]) -> None:
         for *key, problem in cuts:  # of two copies one has to succeed
@@ -419,24 +506,26 @@ def cut_archives(args: argparse.Namespace, keyframes: dict[str, set[int]]) -> tu
     staged.mkdir(exist_ok=True)
     ledger.parent.mkdir(exist_ok=True)
     entries = []
-    for line in ledger.read_text().splitlines() if ledger.is_file() else ():
-        with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-            entries += [entry for entry in [json.loads(line)] if entry['annotations'] == identity]
-    for entry in entries:
-        finished.add(entry['archive'])
-        note(entry['cuts'])
+    for line in ledger.read_text(errors='replace').splitlines() if ledger.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed run may be torn
+            entry = json.loads(line)
+            if entry['annotations'] == identity:
+                note(entry['cuts'])
+                finished.add(entry['archive'])
+                entries.append(entry)
     archives = [archive for archive in find_archives(args.kinetics_archives) if archive not in finished]
-    answers = Parallel(n_jobs=args.num_workers, return_as='generator_unordered', pre_dispatch='n_jobs')(
-        delayed(cut_archive)(archive, keyframes, root, args) for archive in archives)
     write_lines(ledger, [json.dumps(entry) for entry in entries])
-    with open(ledger, 'a') as file:
+    tasks = (delayed(cut_archive)(archive, keyframes, root, args) for archive in archives)
+    with open(ledger, 'a') as file, in_parallel(tasks, args, pre_dispatch='n_jobs') as answers:
         for archive, cuts, error in tqdm(answers, total=len(archives), desc='read', unit='archive', delay=1):
             note(cuts)
             if error:
                 problems.append(('', '', f'unreadable archive: {archive}: {error}'))
             else:
-                file.write(json.dumps(dict(annotations=identity, archive=archive, cuts=cuts)) + '\n')
+                entries.append(dict(annotations=identity, archive=archive, cuts=cuts))
+                file.write(json.dumps(entries[-1]) + '\n')
                 file.flush()
+    write_lines(ledger, sorted(json.dumps(entry) for entry in entries))
 
     sources, ranges, cut, kept = {}, {}, 0, 0
     for video, first, last, start, end in sorted(results):
@@ -477,11 +566,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f'error: {args.ffmpeg} is not a program; leave --ffmpeg away to use the one of imageio-ffmpeg')
     keyframes, unpeopled, problems = read_keyframes(annotations)
     root = args.avakinetics_root = args.avakinetics_root.absolute()
-    with workspace(root / WORK):
-        (root / 'videos').mkdir(exist_ok=True)
+    with workspace(root / f'videos/.cut_kinetics_{args.split}'):
         cut, kept, rows, others = (cut_archives if args.kinetics_archives else cut_files)(args, keyframes)
-    report = root / f'reports/cut_kinetics_{args.split}.csv'
-    write_report(report, ['video_id', 'timestamp', 'reason'], sorted(rows) + problems + others)
+        report = root / f'reports/cut_kinetics_{args.split}.csv'
+        write_report(report, ['video_id', 'timestamp', 'reason'], sorted(rows) + problems + others)
 
     total = sum(map(len, keyframes.values()))
     print(f'{cut + kept} clips in {root / "videos"} ({cut} cut now, {kept} there already) '
@@ -499,6 +587,8 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == '__main__':
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         main()
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)

@@ -12,27 +12,38 @@ ROOT/reports/fetch_proposal_train.csv. Run it again to continue after an interru
         --picklepath=$MMACTION2/data/ava_kinetics/kinetics_proposal.pkl
 """
 import argparse
+import contextlib
 import copy
 import csv
 import functools
 import hashlib
+import importlib
 import io
 import json
+import logging
 import os
 import pickle
 import re
 import shutil
+import signal
 import sys
+import tempfile
 import warnings
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from concurrent.futures import FIRST_COMPLETED, CancelledError, ProcessPoolExecutor, wait
+from multiprocessing import active_children, current_process, get_context
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
+if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
 import cv2
 import decord
+import filelock
 import numpy as np
+from joblib import Parallel, delayed, parallel_config
+from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
@@ -41,18 +52,19 @@ CHECKPOINT = ('https://download.openmmlab.com/mmdetection/v2.0/cascade_rcnn/casc
 FPS = 30
 PERSON = 0  # COCO's class
 SHARD = 512  # frames between two saves
-CLIP_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>\d{6})_(?P<end>\d{6})')
+CLIP_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})')
 
 
 class Options(NamedTuple):
-    """A detector and how it is run; the device as torch names it, frames a batch, loading processes."""
+    """A detector and how it is run; the device as torch names it, '' for what a cluster's worker has; frames a batch and
+    loading processes, None for what fits the device."""
     config: Path
     checkpoint: Path
     device: str
     score_thr: float
     amp: bool
-    batch_size: int
-    num_workers: int
+    batch_size: int | None
+    num_workers: int | None
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -70,6 +82,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--checkpoint', metavar='PTH', default=CHECKPOINT, help="file or URL of the detector's weights")
     parser.add_argument('--num_gpus', type=int, metavar='N', default=argparse.SUPPRESS,
                         help='GPUs to use, 0 for the CPU (default: all that are visible)')
+    parser.add_argument('--dask_scheduler', metavar='ADDRESS', default=argparse.SUPPRESS,
+                        help="work on the Dask cluster of this scheduler, such as tcp://host:8786, on each worker's own "
+                        'GPU')
     parser.add_argument('--batch_size', type=int, metavar='N', default=argparse.SUPPRESS,
                         help='frames of equal size that the detector takes at once (default: 8 on a GPU, 4 on the CPU)')
     parser.add_argument('--num_workers', type=int, metavar='N', default=argparse.SUPPRESS,
@@ -83,7 +98,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help='also draw keyframes with annotated boxes and proposals into this picture')
     parser.add_argument('--overwrite', action='store_true', help='detect again although the proposals are there')
     args = parser.parse_args(argv)
-    if args.neighbors < 0 or getattr(args, 'batch_size', 1) < 1 or getattr(args, 'num_workers', 0) < 0:
+    root, part = args.avakinetics_root, '' if args.split == 'train' else '_val'
+    defaults = dict(datalist=root / f'kinetics_{args.split}.csv', picklepath=root / f'kinetics{part}_proposal.pkl',
+                    num_gpus=-1, batch_size=None, num_workers=None, preview=None, dask_scheduler=None)
+    args = argparse.Namespace(**{**defaults, **vars(args)})
+    if args.neighbors < 0 or args.batch_size is not None and args.batch_size < 1 or (args.num_workers or 0) < 0:
         sys.exit('error: --neighbors and --num_workers must be 0 or more, --batch_size 1 or more')
     if not 0 <= args.score_thr < 1:
         sys.exit('error: --score_thr must be at least 0 and below 1')
@@ -193,6 +212,18 @@ def load_detector(options: Options):
     return model.to(options.device).eval(), pipeline
 
 
+def own_device(options: Options) -> Options:
+    """The options with all that was left to the device: on a cluster, that of the worker that this runs in."""
+    import torch
+    device = options.device or ('cuda:0' if torch.cuda.is_available() else 'cpu')
+    batch_size, num_workers = (4, 1) if device == 'cpu' else (8, 4)
+    if current_process().daemon:  # such a process, as a Dask worker is by default, may have no others
+        num_workers = 0
+    elif options.num_workers is not None:
+        num_workers = options.num_workers
+    return options._replace(device=device, batch_size=options.batch_size or batch_size, num_workers=num_workers)
+
+
 def read_frame(root: Path, clip: str, second: int) -> np.ndarray | str:
     """The keyframe of a second as BGR uint8 (H, W, 3), or the reason why it cannot be read.
 
@@ -249,17 +280,24 @@ def people_of(answer, score_thr: float) -> np.ndarray:
     return np.hstack([boxes, found.scores[chosen, None].astype(np.float64)])
 
 
+def ignore_interrupt(_) -> None:
+    """Leave Ctrl-C to the process that this one loads frames for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def detect_shard(path: Path, root: Path, frames: list[tuple[str, str, int]], options: Options,
-                 progress: Callable = lambda count: None) -> None:
+                 progress: Callable = lambda count: None) -> int:
     """Detect the people on frames (key, clip, second), write the shard: proposals, and reasons for unreadable frames.
 
     Frames are loaded by other processes, and go through the detector with others of their size, so that none is padded
     more than it would be alone.
     """
     import torch
+    options = own_device(options)
     model, pipeline = load_detector(options)
     cv2.setNumThreads(1)  # the loading processes are the parallelism
     loader = torch.utils.data.DataLoader(frames, batch_size=None, num_workers=options.num_workers,
+                                         worker_init_fn=ignore_interrupt,
                                          collate_fn=functools.partial(load_frame, root, pipeline))
     proposals, problems, waiting = {}, {}, {}
 
@@ -292,31 +330,49 @@ def detect_shard(path: Path, root: Path, frames: list[tuple[str, str, int]], opt
     for batch in waiting.values():
         detect(batch)
     write_pickle(path, (dict(sorted(proposals.items())), dict(sorted(problems.items()))))
+    return len(frames)
 
 
 def detect_on_all(shards: dict[Path, list[tuple]], root: Path, options: list[Options], bar: tqdm) -> None:
     """Detect shards on several GPUs, a process each, that take them from one list; a GPU that fails gives its back."""
     todo, running = list(shards), {}
     pools = {option: ProcessPoolExecutor(1, get_context('spawn')) for option in options}
-    while todo or running:
-        for option in [option for option in pools if option not in running.values()]:
-            if todo:
-                path = todo.pop(0)
-                future = pools[option].submit(detect_shard, path, root, shards[path], option)
-                future.path, running[future] = path, option
-        if not running:
-            break
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            option = running.pop(future)
-            try:
-                future.result()
-                bar.update(len(shards[future.path]))
-            except (Exception, SystemExit) as error:  # whatever a GPU that is lost, full or not there makes torch raise
-                tqdm.write(f'{option.device} is given up, the others go on: {error}', file=sys.stderr)
-                pools.pop(option).shutdown(wait=False)
-                todo.insert(0, future.path)
+    try:
+        while todo or running:
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the processes: Ctrl-C is for this one alone
+            for option in [option for option in pools if option not in running.values()]:
+                if todo:
+                    path = todo.pop(0)
+                    future = pools[option].submit(detect_shard, path, root, shards[path], option)
+                    future.path, running[future] = path, option
+            signal.signal(signal.SIGINT, handler)
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                option = running.pop(future)
+                try:
+                    bar.update(future.result())
+                except (Exception, SystemExit) as error:  # whatever a GPU that is lost, full or not there makes torch raise
+                    tqdm.write(f'{option.device} is given up, the others go on: {error}', file=sys.stderr)
+                    pools.pop(option).shutdown(wait=False)
+                    todo.insert(0, future.path)
+    finally:
+        for process in active_children():
+            process.kill()
     if todo:
         raise RuntimeError('on every GPU')
+
+
+def detect_on_cluster(shards: dict[Path, list[tuple]], root: Path, options: Options, address: str, bar: tqdm) -> None:
+    """Detect shards on the workers of a Dask cluster, which keep the model from one shard to the next."""
+    with dask_cluster(address) as client:
+        client.upload_file(__file__)  # as a module: what lies in __main__ would be sent, and the model loaded, every time
+        module = importlib.import_module(Path(__file__).stem)
+        answers = Parallel(return_as='generator_unordered', batch_size=1)(
+            delayed(module.detect_shard)(path, root, shard, module.Options(*options)) for path, shard in shards.items())
+        with contextlib.closing(answers):
+            for count in answers:
+                bar.update(count)
 
 
 class Pickler(pickle.Pickler):
@@ -338,17 +394,24 @@ class Unpickler(pickle.Unpickler):
 
 
 def write_pickle(path: Path, value: object) -> None:
-    """Write a pickle beside its final name, then rename it."""
+    """Write a pickle beside its final name, in a folder of its own since another process may do the same, then rename it."""
     buffer = io.BytesIO()
     Pickler(buffer, protocol=4).dump(value)
-    part = path.with_name(path.name + '.part')
-    part.write_bytes(buffer.getvalue())
-    os.replace(part, path)
+    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
+        part = Path(folder) / path.name
+        part.write_bytes(buffer.getvalue())
+        os.replace(part, path)
 
 
-def read_shard(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    with open(path, 'rb') as file:
-        return Unpickler(file).load()
+def read_shard(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
+    """A shard's proposals and its unreadable frames, or None where it is not there, or spoilt."""
+    try:
+        with open(path, 'rb') as file:
+            proposals, unreadable = Unpickler(file).load()
+        return dict(proposals), dict(unreadable)
+    except (pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError,
+            MemoryError, OverflowError, UnicodeError):
+        return None
 
 
 def digest(path: Path) -> str:
@@ -408,110 +471,168 @@ def draw_preview(path: Path, root: Path, keyframes: dict[tuple[str, int], list],
     path.write_bytes(cv2.imencode(path.suffix, np.vstack(sheet))[1].tobytes())
 
 
+@contextlib.contextmanager
+def workspace(path: Path):
+    """A folder for unfinished files that belongs to this run alone, emptied before and removed after."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / 'lock')  # the kernel lets go when this process ends, however it ends
+    try:
+        lock.acquire(blocking=False)
+    except (filelock.Timeout, FileNotFoundError):  # the latter where the other run has just ended
+        sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
+    try:
+        for leftover in set(path.iterdir()) - {path / 'lock'}:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def dask_cluster(address: str):
+    """Send joblib's work to the Dask cluster of the scheduler at this address."""
+    try:
+        import distributed
+    except ImportError:
+        sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
+    logging.getLogger('distributed').setLevel(logging.CRITICAL)  # it logs what is told below, with tracebacks
+    try:
+        client = distributed.Client(address, timeout=10)
+        client.wait_for_workers(1, timeout=30)
+    except (OSError, ValueError, TypeError) as error:
+        sys.exit(f'error: no Dask scheduler with workers at {address} ({str(error).splitlines()[0]}); start them first')
+
+    def submit(task, callback=None):
+        job = submit_quietly(task, callback)
+        job.add_done_callback(lambda job: job.exception() and callback(job.exception()))
+        return job
+
+    with client, parallel_config('dask', client=client):
+        # joblib 1.6 tells nobody of a task whose workers died time and again, and waits for it for ever
+        backend = get_active_backend()[0]
+        submit_quietly, backend.submit = backend.submit, submit
+        try:
+            yield client
+        except (CancelledError, distributed.KilledWorker) as error:
+            sys.exit(f'error: the Dask cluster at {address} is gone ({str(error).splitlines()[0]}); mend it, then the '
+                     'same command continues')
+
+
+def write_report(path: Path, header: list[str], rows: list[tuple]) -> None:
+    """Write a csv beside its final name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
+        csv.writer(file, lineterminator='\n').writerows([header, *rows])
+    os.replace(path.with_suffix('.part'), path)
+
+
+def detect(frames: dict[str, tuple[str, int]], folder: Path, options: Options, args: argparse.Namespace
+           ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Proposals and reasons for unreadable frames, shard by shard; shards that are in `folder` already are taken as they are."""
+    import torch
+    visible = torch.cuda.device_count()
+    if args.num_gpus > visible > 0:
+        print(f'only {visible} of {args.num_gpus} GPUs are visible', file=sys.stderr)
+    gpus = min(args.num_gpus, visible) if args.num_gpus >= 0 else visible
+    local = [own_device(options._replace(device=device)) for device in [f'cuda:{number}' for number in range(gpus)] or ['cpu']]
+    load_detector(local[0])  # a checkpoint that does not fit ends the run here
+    folder.mkdir(parents=True, exist_ok=True)
+    items = [(key, *frame) for key, frame in frames.items()]
+    shards = {folder / f'{index:08d}.pkl': items[index:index + SHARD] for index in range(0, len(items), SHARD)}
+    todo = {path: shard for path, shard in shards.items() if read_shard(path) is None}
+    with tqdm(total=len(items), initial=len(items) - sum(map(len, todo.values())), desc='detect', unit='frame',
+              delay=1) as bar:
+        try:
+            if args.dask_scheduler:
+                detect_on_cluster(todo, args.avakinetics_root, options, args.dask_scheduler, bar)
+            elif len(local) > 1:
+                detect_on_all(todo, args.avakinetics_root, local, bar)
+            else:
+                for path, shard in todo.items():
+                    detect_shard(path, args.avakinetics_root, shard, local[0], bar.update)
+        except RuntimeError as error:
+            sys.exit(f'error: the detector failed {error}; what is done is saved, the same command continues')
+    proposals, unreadable = {}, {}
+    for path in shards:
+        for whole, part in zip((proposals, unreadable), read_shard(path)):
+            whole.update(part)
+    return proposals, unreadable
+
+
+def fetch(args: argparse.Namespace, keyframes: dict, problems: list[tuple], checkpoint: Path, work: Path) -> None:
+    """Detect what is not there yet, write the pickle and the report, say what came of it."""
+    root, target, frames = args.avakinetics_root, args.picklepath, plan_frames(list(keyframes), args.neighbors)
+    inputs = dict(frames=hashlib.sha256(json.dumps(frames).encode()).hexdigest(),
+                  config=hashlib.sha256(load_config(args.config).pretty_text.encode()).hexdigest(),
+                  checkpoint=digest(checkpoint), score_thr=args.score_thr, amp=args.amp)
+    stamp = target.with_name(f'{target.name}.inputs.json')
+    proposals, left, known = {}, frames, None if args.overwrite else read_stamp(stamp, target, inputs)
+    if known is not None:  # the pickle is there: only frames that could not be read are tried again
+        with open(target, 'rb') as file:
+            proposals, left = Unpickler(file).load(), {key: frames[key] for key in known}
+        print(f'{target} is there already, of the same list and detector; '
+              + (f'{len(left)} unreadable frames are tried again' if left else 'nothing to do'))
+    if left:
+        # bound to all inputs: another detector has another folder
+        identity = hashlib.sha256(json.dumps([inputs, sorted(left)]).encode()).hexdigest()[:12]
+        folder = target.with_name(f'{target.name}.{identity}.shards')
+        if args.overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        found, unreadable = detect(left, folder, Options(args.config, checkpoint, '', args.score_thr, args.amp,
+                                                         args.batch_size, args.num_workers), args)
+        proposals.update(found)
+        report = root / f'reports/fetch_proposal_{args.split}.csv'
+        rows = sorted((*key.rsplit(',', 1), reason) for key, reason in unreadable.items()) + problems
+        write_report(report, ['video_id', 'timestamp', 'reason'], rows)
+        if len(unreadable) == len(frames):
+            shutil.rmtree(folder)
+            sys.exit(f'error: not one frame could be read; {report} says why')
+        write_pickle(work / target.name, dict(sorted(proposals.items())))
+        (work / stamp.name).write_text(json.dumps({**inputs, 'unreadable': sorted(unreadable),
+                                                   'pickle': digest(work / target.name)}, indent=1) + '\n')
+        for path in target, stamp:
+            os.replace(work / path.name, path)
+        shutil.rmtree(folder)
+
+        print(f'{sum(map(len, proposals.values()))} people on {len(proposals)} of {len(frames)} frames in {target}')
+        bare = sum(f'{clip[:-14]},{second:04d}' not in proposals for clip, second in keyframes)
+        print(f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes the whole frame there')
+        for reason, count in Counter(row[2].split(':')[0] for row in rows).most_common():
+            print(f'  {count} left out: {reason}')
+        print(f'  report: {report}')
+    if args.preview:
+        draw_preview(args.preview, root, keyframes, proposals)
+        print(f'  preview: {args.preview}')
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    for name in 'avakinetics_root', 'datalist', 'picklepath', 'config':  # a cluster's workers are in other folders
+        setattr(args, name, getattr(args, name).absolute())
     root = args.avakinetics_root
-    datalist = getattr(args, 'datalist', root / f'kinetics_{args.split}.csv')
-    part = '' if args.split == 'train' else '_val'
-    target = getattr(args, 'picklepath', root / f'kinetics{part}_proposal.pkl')
-    preview = getattr(args, 'preview', None)
-    if not datalist.is_file():
-        sys.exit(f'error: {datalist} not found; do Step 5 (prepare_annotation.py) or set --datalist')
+    if not args.datalist.is_file():
+        sys.exit(f'error: {args.datalist} not found; do Step 5 (prepare_annotation.py) or set --datalist')
     if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
         sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 or set --avakinetics_root')
     if not args.config.is_file():
         sys.exit(f'error: {args.config} not found; set --config to an mmdetection config')
-    if preview and not cv2.haveImageWriter(preview.name):
-        sys.exit(f'error: {preview} is no picture name; let --preview end in .jpg or .png')
-    keyframes, problems = read_datalist(datalist)
+    if args.preview and not cv2.haveImageWriter(args.preview.name):
+        sys.exit(f'error: {args.preview} is no picture name; let --preview end in .jpg or .png')
+    keyframes, problems = read_datalist(args.datalist)
     if not keyframes:
-        sys.exit(f'error: {datalist} holds no annotated keyframe; is it what Step 5 (prepare_annotation.py) wrote?')
-    frames = plan_frames(list(keyframes), args.neighbors)
-    checkpoint = local_checkpoint(args.checkpoint)
+        sys.exit(f'error: {args.datalist} holds no annotated keyframe; is it what Step 5 (prepare_annotation.py) wrote?')
+    checkpoint = local_checkpoint(args.checkpoint).absolute()
     if not checkpoint.is_file():
         sys.exit(f'error: {checkpoint} not found; set --checkpoint to a file or URL')
-
-    config = load_config(args.config)
-    inputs = dict(frames=hashlib.sha256(json.dumps(frames).encode()).hexdigest(),
-                  config=hashlib.sha256(config.pretty_text.encode()).hexdigest(), checkpoint=digest(checkpoint),
-                  score_thr=args.score_thr, amp=args.amp)
-    stamp = target.with_name(f'{target.name}.inputs.json')
-    proposals, unreadable = {}, None if args.overwrite else read_stamp(stamp, target, inputs)
-    if unreadable is not None:  # the pickle is there: only frames that could not be read are tried again
-        with open(target, 'rb') as file:
-            proposals = Unpickler(file).load()
-        frames_left = {key: frames[key] for key in unreadable}
-        print(f'{target} is there already, of the same list and detector; '
-              + (f'{len(frames_left)} unreadable frames are tried again' if frames_left else 'nothing to do'))
-    else:
-        frames_left = frames
-    if not frames_left:
-        if preview:
-            draw_preview(preview, root, keyframes, proposals)
-            print(f'  preview: {preview}')
-        return
-    identity = hashlib.sha256(json.dumps([inputs, sorted(frames_left)]).encode()).hexdigest()[:12]
-
-    import torch
-    gpus, visible = getattr(args, 'num_gpus', -1), torch.cuda.device_count()
-    if gpus > visible > 0:
-        print(f'only {visible} of {gpus} GPUs are visible', file=sys.stderr)
-    gpus = min(gpus, visible) if gpus >= 0 else visible
-    options = [Options(args.config, checkpoint, device, args.score_thr, args.amp,
-                       getattr(args, 'batch_size', 4 if device == 'cpu' else 8),
-                       getattr(args, 'num_workers', 1 if device == 'cpu' else 4))
-               for device in ([f'cuda:{number}' for number in range(gpus)] or ['cpu'])]
-    folder = target.with_name(f'{target.name}.{identity}.shards')  # bound to all inputs: another detector has another
-    if args.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    load_detector(options[0])  # a checkpoint that does not fit ends the run here
-    folder.mkdir(parents=True, exist_ok=True)
-    items = [(key, *frame) for key, frame in frames_left.items()]
-    shards = {folder / f'{index:08d}.pkl': items[index:index + SHARD] for index in range(0, len(items), SHARD)}
-    todo = {path: shard for path, shard in shards.items() if not path.is_file()}
-    with tqdm(total=len(items), initial=sum(len(shards[path]) for path in shards.keys() - todo.keys()), desc='detect',
-              unit='frame', delay=1) as bar:
-        try:
-            if len(options) > 1:
-                detect_on_all(todo, root, options, bar)
-            else:
-                for path, shard in todo.items():
-                    detect_shard(path, root, shard, options[0], bar.update)
-        except RuntimeError as error:
-            sys.exit(f'error: the detector failed {error}; what is done is saved, the same command continues')
-    unreadable = {}
-    for path in shards:
-        for whole, part in zip((proposals, unreadable), read_shard(path)):
-            whole.update(part)
-
-    report = root / f'reports/fetch_proposal_{args.split}.csv'
-    report.parent.mkdir(exist_ok=True)
-    rows = sorted((*key.rsplit(',', 1), reason) for key, reason in unreadable.items()) + problems
-    with open(report.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
-        csv.writer(file, lineterminator='\n').writerows([('video_id', 'timestamp', 'reason'), *rows])
-    os.replace(report.with_suffix('.part'), report)
-    if len(unreadable) == len(frames):
-        shutil.rmtree(folder)
-        sys.exit(f'error: not one frame could be read; {report} says why')
-    write_pickle(target, dict(sorted(proposals.items())))
-    part = stamp.with_name(stamp.name + '.part')
-    part.write_text(json.dumps({**inputs, 'unreadable': sorted(unreadable), 'pickle': digest(target)}, indent=1) + '\n')
-    os.replace(part, stamp)
-    shutil.rmtree(folder)
-
-    print(f'{sum(map(len, proposals.values()))} people on {len(proposals)} of {len(frames)} frames in {target}')
-    bare = sum(f'{clip[:-14]},{second:04d}' not in proposals for clip, second in keyframes)
-    print(f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes the whole frame there')
-    for reason, count in Counter(row[2].split(':')[0] for row in rows).most_common():
-        print(f'  {count} left out: {reason}')
-    print(f'  report: {report}')
-    if preview:
-        draw_preview(preview, root, keyframes, proposals)
-        print(f'  preview: {preview}')
+    with workspace(args.picklepath.with_name(f'.{args.picklepath.name}.work')) as work:
+        fetch(args, keyframes, problems, checkpoint, work)
 
 
 if __name__ == '__main__':
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         main()
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)

@@ -11,21 +11,33 @@ ROOT/reports/prepare_annotation_train.csv with its reason. With `--split val`, a
         --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
 import argparse
+import contextlib
 import csv
+import logging
 import os
 import re
+import shutil
+import signal
 import sys
+import warnings
 from collections import Counter
+from concurrent.futures import CancelledError
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
+
+if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 import decord
-from joblib import Parallel, delayed
+import filelock
+from joblib import Parallel, delayed, parallel_config
+from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
-CLIP_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>\d{6})_(?P<end>\d{6})')
+CLIP_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})')
 BATCH = 64  # clip folders looked through by one task
 
 
@@ -40,7 +52,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help='folder of the data set that is made')
     parser.add_argument('--split', choices=['train', 'val'], default='train', help='part of AVA-Kinetics')
     parser.add_argument('--num_workers', type=int, default=-1, metavar='N', help='parallel processes; -1: all CPUs')
-    return parser.parse_args(argv)
+    parser.add_argument('--dask_scheduler', metavar='ADDRESS', default=argparse.SUPPRESS,
+                        help='work on the Dask cluster of this scheduler, such as tcp://host:8786, not on this machine')
+    args = argparse.Namespace(**{'dask_scheduler': None, **vars(parser.parse_args(argv))})
+    args.num_workers = args.num_workers if args.num_workers > 0 else -1
+    return args
 
 
 def parse_annotation(line: str) -> tuple[str, float, list[float] | None, int | None]:
@@ -77,27 +93,28 @@ def read_annotations(path: Path) -> Iterator[tuple | str]:
                     yield f'malformed annotation: line {number}: {error}'
 
 
-def missing_frames(clips: list[Path]) -> list[str | None]:
-    """For each clip, a folder or a video, what it lacks, or None where all frames that its name promises are there."""
+def missing_frames(clips: list[Path]) -> dict[str, str | None]:
+    """By clip, a folder or a video, what it lacks, or None where all frames that its name promises are there."""
     decord.logging.set_level(decord.logging.QUIET)
-    answers = []
+    answers = {}
     for clip in clips:
         name = CLIP_NAME.fullmatch(clip.stem)
         total = (int(name['end']) - int(name['start'])) * FPS
         try:
             if clip.suffix:
                 count = len(decord.VideoReader(str(clip), num_threads=1))
-                answers.append(f'frames missing: {total - count} of {total}' if count < total else None)
+                answers[clip.stem] = f'frames missing: {total - count} of {total}' if count < total else None
                 continue
             present = set(os.listdir(clip))
         except OSError as error:
-            answers.append(f'unreadable clip: {error.strerror}')
+            answers[clip.stem] = f'unreadable clip: {error.strerror}'
             continue
         except (decord.DECORDError, RuntimeError):
-            answers.append('unreadable clip: no video')
+            answers[clip.stem] = 'unreadable clip: no video'
             continue
         missing = [index for index in range(1, total + 1) if f'img_{index:05d}.jpg' not in present]
-        answers.append(f'frames missing: {len(missing)} of {total}, first img_{missing[0]:05d}.jpg' if missing else None)
+        answers[clip.stem] = (f'frames missing: {len(missing)} of {total}, first img_{missing[0]:05d}.jpg' if missing
+                              else None)
     return answers
 
 
@@ -119,36 +136,100 @@ def choose_clip(clips: list[tuple[int, int, str]], second: int) -> str | None:
     return min(holding, key=lambda clip: abs(clip[0] + clip[1] - 2 * second))[2] if holding else None
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    root, annotations = args.avakinetics_root, args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
-    if not annotations.is_file():
-        sys.exit(f'error: {annotations} not found; do Step 2 or set --avakinetics_anotation')
-    if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
-        sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
+@contextlib.contextmanager
+def workspace(path: Path):
+    """A folder for unfinished files that belongs to this run alone, emptied before and removed after."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / 'lock')  # the kernel lets go when this process ends, however it ends
+    try:
+        lock.acquire(blocking=False)
+    except (filelock.Timeout, FileNotFoundError):  # the latter where the other run has just ended
+        sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
+    try:
+        for leftover in set(path.iterdir()) - {path / 'lock'}:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        lock.release()
 
+
+@contextlib.contextmanager
+def in_parallel(tasks: Iterable, args: argparse.Namespace, **options):
+    """The answers of joblib tasks as they come, from local processes or the cluster of --dask_scheduler."""
+    with dask_cluster(args.dask_scheduler) if args.dask_scheduler else contextlib.nullcontext():
+        os.environ['PYTHONWARNINGS'] = 'ignore'  # joblib would warn of what an interruption leaves, here and in processes
+        warnings.filterwarnings('ignore', module='joblib')
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is for this process alone
+        answers = Parallel(n_jobs=args.num_workers, return_as='generator_unordered', **options)(tasks)
+        with contextlib.closing(answers):  # which ends the tasks that are under way, when this run is interrupted
+            signal.signal(signal.SIGINT, handler)
+            try:
+                yield answers
+            except BrokenProcessPool:
+                sys.exit('error: a worker process was killed, as it happens when memory runs out; use fewer with '
+                         '--num_workers, then the same command continues')
+
+
+@contextlib.contextmanager
+def dask_cluster(address: str):
+    """Send joblib's work to the Dask cluster of the scheduler at this address."""
+    try:
+        import distributed
+    except ImportError:
+        sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
+    logging.getLogger('distributed').setLevel(logging.CRITICAL)  # it logs what is told below, with tracebacks
+    try:
+        client = distributed.Client(address, timeout=10)
+        client.wait_for_workers(1, timeout=30)
+    except (OSError, ValueError, TypeError) as error:
+        sys.exit(f'error: no Dask scheduler with workers at {address} ({str(error).splitlines()[0]}); start them first')
+
+    def submit(task, callback=None):
+        job = submit_quietly(task, callback)
+        job.add_done_callback(lambda job: job.exception() and callback(job.exception()))
+        return job
+
+    with client, parallel_config('dask', client=client):
+        # joblib 1.6 tells nobody of a task whose workers died time and again, and waits for it for ever
+        backend = get_active_backend()[0]
+        submit_quietly, backend.submit = backend.submit, submit
+        try:
+            yield client
+        except (CancelledError, distributed.KilledWorker) as error:
+            sys.exit(f'error: the Dask cluster at {address} is gone ({str(error).splitlines()[0]}); mend it, then the '
+                     'same command continues')
+
+
+def write_report(path: Path, header: list[str], rows: list[tuple]) -> None:
+    """Write a csv beside its final name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
+        csv.writer(file, lineterminator='\n').writerows([header, *rows])
+    os.replace(path.with_suffix('.part'), path)
+
+
+def prepare(args: argparse.Namespace, root: Path, annotations: Path, work: Path) -> None:
+    """Look through the clips, write the csv and the report, say what came of it."""
     videos = {row[0] for row in read_annotations(annotations) if isinstance(row, tuple) and row[2]}
     clips = find_clips(root, videos)
     if not clips:
         sys.exit(f'error: {root} holds no clip of the {len(videos)} videos annotated in {annotations}; '
                  'do Step 3 (cut_kinetics.py) first')
-    batches = [clips[index:index + BATCH] for index in range(0, len(clips), BATCH)]
-    results = Parallel(n_jobs=args.num_workers if args.num_workers > 0 else -1, return_as='generator')(
-        delayed(missing_frames)(batch) for batch in batches)
-    problems = []
-    with tqdm(total=len(clips), desc='look through', unit='clip', delay=1) as bar:
-        for answers in results:
-            problems += answers
-            bar.update(len(answers))
+    batches, problems = [clips[index:index + BATCH] for index in range(0, len(clips), BATCH)], {}
+    tasks = (delayed(missing_frames)(batch) for batch in batches)
+    with in_parallel(tasks, args) as answers, tqdm(total=len(clips), desc='look through', unit='clip', delay=1) as bar:
+        for answer in answers:
+            problems.update(answer)
+            bar.update(len(answer))
 
     usable, unusable = {}, {}
-    problems = dict(zip((clip.stem for clip in clips), problems))
-    for name, problem in problems.items():
+    for name, problem in sorted(problems.items()):
         clip = (int(name[-13:-7]), int(name[-6:]), name)
         (unusable if problem else usable).setdefault(name[:-14], []).append(clip)
     target, rows, lost, malformed = root / f'kinetics_{args.split}.csv', 0, {}, []
     keyframes, unpeopled, used = set(), set(), set()
-    with open(target.with_suffix('.part'), 'w') as file:
+    with open(work / target.name, 'w') as file:
         for row in read_annotations(annotations):
             if isinstance(row, str):
                 malformed.append(('', '', row))
@@ -167,19 +248,12 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 broken = choose_clip(unusable.get(video, ()), second)
                 lost[video, second] = f'{problems[broken]} in {broken}' if broken else 'no clip holds this keyframe'
-    if not rows:
-        target.with_suffix('.part').unlink()
-    else:
-        os.replace(target.with_suffix('.part'), target)
-
     report = root / f'reports/prepare_annotation_{args.split}.csv'
-    report.parent.mkdir(exist_ok=True)
-    with open(report.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
-        csv.writer(file, lineterminator='\n').writerows(
-            [('video_id', 'timestamp', 'reason'), *sorted((*key, reason) for key, reason in lost.items()), *malformed])
-    os.replace(report.with_suffix('.part'), report)
+    write_report(report, ['video_id', 'timestamp', 'reason'],
+                 sorted((*key, reason) for key, reason in lost.items()) + malformed)
     if not rows:
         sys.exit(f'error: not one annotation has its frames; {report} says why')
+    os.replace(work / target.name, target)
     print(f'{rows} rows in {target}: {len(keyframes)} of {len(keyframes) + len(lost)} annotated keyframes, '
           f'on {len(used)} clips, by their {"raw frames" if clips[0].suffix == "" else "videos"}')
     for reason, count in Counter(reason.split(':')[0] for reason in lost.values()).most_common():
@@ -191,8 +265,23 @@ def main(argv: list[str] | None = None) -> None:
     print(f'  report: {report}')
 
 
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    root = args.avakinetics_root.absolute()
+    annotations = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
+    if not annotations.is_file():
+        sys.exit(f'error: {annotations} not found; do Step 2 or set --avakinetics_anotation')
+    if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
+        sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
+
+    with workspace(root / f'.prepare_annotation_{args.split}') as work:
+        prepare(args, root, annotations, work)
+
+
 if __name__ == '__main__':
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         main()
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)

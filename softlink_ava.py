@@ -8,20 +8,27 @@ ROOT/annotations/ava_train_v2.2.csv is looked up in ROOT/rawframes; what lacks f
     python3 softlink_ava.py --avakinetics_root=$MMACTION2/data/ava_kinetics --ava_root=$MMACTION2/data/ava
 """
 import argparse
+import contextlib
 import csv
 import os
 import pickle
 import re
+import shutil
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+import filelock
 from tqdm import tqdm
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
-NAME = re.compile(r'[A-Za-z0-9_-]{11}(_\d{6}_\d{6})?')
+NAME = re.compile(r'[A-Za-z0-9_-]{11}(_[0-9]{6}_[0-9]{6})?')
 AVA_START_S = 900  # AVA's frames begin at minute 15 of the movie
-CLIP_NAME = re.compile(r'[A-Za-z0-9_-]{11}_(?P<start>\d{6})_(?P<end>\d{6})')
+CLIP_NAME = re.compile(r'[A-Za-z0-9_-]{11}_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})')
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -34,7 +41,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def link_folder(source: Path, link: Path) -> str:
+def link_folder(source: Path, link: Path, work: Path) -> str:
     """Make `link` point to the folder `source`; return 'linked', 'kept', 'mended' or 'folder', a real one left alone."""
     if link.is_symlink():
         if os.readlink(link) == str(source):
@@ -44,10 +51,8 @@ def link_folder(source: Path, link: Path) -> str:
         return 'folder'
     else:
         outcome = 'linked'
-    part = link.with_name(f'.{link.name}.part')
-    part.unlink(missing_ok=True)
-    part.symlink_to(source)
-    os.replace(part, link)
+    (work / link.name).symlink_to(source)
+    os.replace(work / link.name, link)
     return outcome
 
 
@@ -91,23 +96,38 @@ def count_proposals(path: Path) -> str:
         return 'no readable'
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    root, ava = args.avakinetics_root, args.ava_root.absolute() / 'rawframes'
-    if args.ava_root.resolve() == root.resolve():
-        sys.exit('error: --ava_root and --avakinetics_root are the same folder; AVA has one of its own')
-    if not ava.is_dir():
-        sys.exit(f'error: {ava} not found; extract the frames of AVA or set --ava_root')
-    if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
-        sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
-    (root / 'rawframes').mkdir(exist_ok=True)  # without raw frames of Kinetics, AVA's are the first
-    videos = sorted(entry.name for entry in os.scandir(ava) if entry.is_dir())
-    if not videos:
-        sys.exit(f'error: {ava} holds no folder of frames; extract the frames of AVA or set --ava_root')
+@contextlib.contextmanager
+def workspace(path: Path):
+    """A folder for unfinished files that belongs to this run alone, emptied before and removed after."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / 'lock')  # the kernel lets go when this process ends, however it ends
+    try:
+        lock.acquire(blocking=False)
+    except (filelock.Timeout, FileNotFoundError):  # the latter where the other run has just ended
+        sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
+    try:
+        for leftover in set(path.iterdir()) - {path / 'lock'}:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        lock.release()
+
+
+def write_report(path: Path, header: list[str], rows: list[tuple]) -> None:
+    """Write a csv beside its final name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
+        csv.writer(file, lineterminator='\n').writerows([header, *rows])
+    os.replace(path.with_suffix('.part'), path)
+
+
+def link_all(videos: list[str], ava: Path, root: Path, work: Path) -> None:
+    """Link the folders of all AVA videos, say what was done."""
     outcomes = {}
     try:
         for video in videos:
-            outcomes.setdefault(link_folder(ava / video, root / 'rawframes' / video), []).append(video)
+            outcomes.setdefault(link_folder(ava / video, root / 'rawframes' / video, work), []).append(video)
     except OSError as error:
         sys.exit(f'error: no link can be made in {root / "rawframes"} ({error.strerror}); copy {ava} there instead')
     words = dict(linked='linked now', kept='linked already', mended='broken or wrong links mended',
@@ -115,6 +135,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f'{len(videos)} AVA videos in {root / "rawframes"}: '
           + ', '.join(f'{len(names)} {words[outcome]}' for outcome, names in sorted(outcomes.items())))
 
+
+def check(root: Path) -> None:
+    """Look up every annotated clip and AVA video, write the report, say whether the data set is complete."""
     annotations = root / 'annotations/ava_train_v2.2.csv'
     if not annotations.is_file():
         sys.exit(f'error: {annotations} not found, so the data set cannot be checked; do Step 7 (merge_annotations.py)')
@@ -129,10 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         if problem:
             rows.append((name, problem))
     report = root / 'reports/softlink_ava.csv'
-    report.parent.mkdir(exist_ok=True)
-    with open(report.with_suffix('.part'), 'w', newline='') as file:
-        csv.writer(file, lineterminator='\n').writerows([('clip', 'reason'), *sorted(rows)])
-    os.replace(report.with_suffix('.part'), report)
+    write_report(report, ['clip', 'reason'], sorted(rows))
 
     with open(annotations) as file:
         total = sum(1 for _ in file)
@@ -146,8 +166,28 @@ def main(argv: list[str] | None = None) -> None:
           + ('' if raw else ', the Kinetics part from its videos (README: Without raw frames)'))
 
 
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    root, ava = args.avakinetics_root, args.ava_root.absolute() / 'rawframes'
+    if args.ava_root.resolve() == root.resolve():
+        sys.exit('error: --ava_root and --avakinetics_root are the same folder; AVA has one of its own')
+    if not ava.is_dir():
+        sys.exit(f'error: {ava} not found; extract the frames of AVA or set --ava_root')
+    if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
+        sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
+    (root / 'rawframes').mkdir(exist_ok=True)  # without raw frames of Kinetics, AVA's are the first
+    videos = sorted(entry.name for entry in os.scandir(ava) if entry.is_dir() and not entry.name.startswith('.'))
+    if not videos:
+        sys.exit(f'error: {ava} holds no folder of frames; extract the frames of AVA or set --ava_root')
+    with workspace(root / 'rawframes/.softlink_ava') as work:
+        link_all(videos, ava, root, work)
+        check(root)
+
+
 if __name__ == '__main__':
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         main()
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)

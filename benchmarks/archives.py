@@ -42,7 +42,7 @@ def measure(videos: list[Path], members: int, folder: Path) -> tuple[int, int, f
     waiter = threading.Thread(target=lambda: answer.append(os.wait4(process.pid, 0)))
     waiter.start()
     while waiter.is_alive():
-        peak = max(peak, folder_size(folder / 'root/.cut_kinetics'))
+        peak = max(peak, folder_size(folder / 'root/videos/.cut_kinetics_train'))
         time.sleep(0.005)
     assert len(list((folder / 'root/videos').iterdir())) == len(names[::5])
     return (folder / 'kinetics.tar').stat().st_size, peak, answer[0][2].ru_maxrss / 1024, time.perf_counter() - start

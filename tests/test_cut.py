@@ -253,4 +253,4 @@ def test_killed_at_any_moment_and_run_again(matrix, tmp_path, seed):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert f'{len(VARIANTS)} of {len(VARIANTS)} annotated keyframes' in done.stdout
     assert snapshot(tmp_path / 'root') == snapshot(folder / 'root')
-    assert not [path for path in (tmp_path / 'root').iterdir() if path.name.startswith('.')]
+    assert not list((tmp_path / 'root').rglob('.*'))
