@@ -11,6 +11,11 @@ interruption. With `--split val`, all names have val in place of train.
         --kinetics_list=$MMACTION2/data/kinetics700/kinetics700_train_list_videos.txt \\
         --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
+import signal
+
+if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
 import argparse
 import contextlib
 import csv
@@ -22,7 +27,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -34,9 +38,6 @@ from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
-
-if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 import aiohttp
 import decord
@@ -62,6 +63,7 @@ COLOURS = 'scale=out_range=limited:out_color_matrix=bt601'  # as decoders and JP
 FORMATS = 'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpegts,mpeg,ogg'
 MAX_PIXELS = 7680 * 4320  # a header that claims larger pictures would cost gigabytes of memory
 MAX_BYTES = 2 ** 30  # of a video in an archive; ten seconds have a few MB
+MAX_DASK_WORKERS = 1000  # twice as many tasks wait in the cluster
 TIME_LIMIT = 12  # s that ffmpeg may take for each second of video, some 100 times the usual, and 30 s more
 KILLED = 'unreadable video: ffmpeg was killed, as it happens when memory runs out'
 DISK_FULL = {b'No space left on device': errno.ENOSPC, b'Disk quota exceeded': errno.EDQUOT}
@@ -316,7 +318,7 @@ def staged_clip(root: Path, split: str, key: tuple) -> Path:
     return staged_folder(root, split) / '{}_{:06d}_{:06d}_{:06d}_{:06d}.mp4'.format(*key)
 
 
-def cut_archive(archive: str, keyframes: dict[str, set[int]], root: Path, options: argparse.Namespace
+def cut_archive(archive: str, annotations: Path, root: Path, options: argparse.Namespace
                 ) -> tuple[str, list[tuple], str | None]:
     """Cut the clips of every wanted video in a tar archive, a file or URL, read once from front to back.
 
@@ -325,7 +327,7 @@ def cut_archive(archive: str, keyframes: dict[str, set[int]], root: Path, option
     Returns the archive, for every range (video, source start, source end, start, end, None or the reason of a failure),
     and None or what stopped it.
     """
-    results = {}
+    results, keyframes = {}, read_keyframes(annotations)[0]  # 2 s for all of them, and less than sending them
 
     def cut_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         name = SOURCE_NAME.fullmatch(member.name.rsplit('/', 1)[-1])
@@ -430,11 +432,11 @@ def dask_cluster(address: str):
         import distributed
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    logging.getLogger('distributed').setLevel(logging.CRITICAL)  # it logs what is told below, with tracebacks
+    logging.disable()  # Dask logs what is told below, with tracebacks
     try:
         client = distributed.Client(address, timeout=10)
         client.wait_for_workers(1, timeout=30)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever answers at such an address
         sys.exit(f'error: no Dask scheduler with workers at {address} ({str(error).splitlines()[0]}); start them first')
 
     def submit(task, callback=None):
@@ -443,13 +445,14 @@ def dask_cluster(address: str):
         return job
 
     with client, parallel_config('dask', client=client):
-        # joblib 1.6 tells nobody of a task whose workers died time and again, and waits for it for ever
+        # joblib 1.6 tells nobody of a task whose workers died time and again, and waits for it for ever; it would work
+        # here where one worker has joined so far, and send no more than that many need where others join later
         backend = get_active_backend()[0]
-        submit_quietly, backend.submit = backend.submit, submit
+        submit_quietly, backend.submit, backend.effective_n_jobs = backend.submit, submit, lambda n_jobs: MAX_DASK_WORKERS
         try:
             yield client
         except (CancelledError, distributed.KilledWorker) as error:
-            sys.exit(f'error: the Dask cluster at {address} is gone ({str(error).splitlines()[0]}); mend it, then the '
+            sys.exit(f'error: the Dask cluster at {address} failed ({str(error).splitlines()[0]}); mend it, then the '
                      'same command continues')
 
 
@@ -515,7 +518,8 @@ def cut_archives(args: argparse.Namespace, keyframes: dict[str, set[int]]) -> tu
                 entries.append(entry)
     archives = [archive for archive in find_archives(args.kinetics_archives) if archive not in finished]
     write_lines(ledger, [json.dumps(entry) for entry in entries])
-    tasks = (delayed(cut_archive)(archive, keyframes, root, args) for archive in archives)
+    annotations = (args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv').absolute()
+    tasks = (delayed(cut_archive)(archive, annotations, root, args) for archive in archives)
     with open(ledger, 'a') as file, in_parallel(tasks, args, pre_dispatch='n_jobs') as answers:
         for archive, cuts, error in tqdm(answers, total=len(archives), desc='read', unit='archive', delay=1):
             note(cuts)
@@ -588,10 +592,13 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == '__main__':
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         main()
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; mend it, then the same command continues')
+    finally:  # nothing is left to interrupt
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -11,6 +11,11 @@ ROOT/reports/fetch_proposal_train.csv. Run it again to continue after an interru
         --datalist=$MMACTION2/data/ava_kinetics/kinetics_train.csv \\
         --picklepath=$MMACTION2/data/ava_kinetics/kinetics_proposal.pkl
 """
+import signal
+
+if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
 import argparse
 import contextlib
 import copy
@@ -25,7 +30,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import warnings
@@ -34,9 +38,6 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, ProcessPoolExecu
 from multiprocessing import active_children, current_process, get_context
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
-
-if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 import cv2
 import decord
@@ -51,6 +52,7 @@ CHECKPOINT = ('https://download.openmmlab.com/mmdetection/v2.0/cascade_rcnn/casc
               'cascade_rcnn_x101_64x4d_fpn_1x_coco_20200515_075702-43ce6a30.pth')
 FPS = 30
 PERSON = 0  # COCO's class
+MAX_DASK_WORKERS = 1000  # twice as many tasks wait in the cluster
 SHARD = 512  # frames between two saves
 CLIP_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})')
 
@@ -496,11 +498,11 @@ def dask_cluster(address: str):
         import distributed
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    logging.getLogger('distributed').setLevel(logging.CRITICAL)  # it logs what is told below, with tracebacks
+    logging.disable()  # Dask logs what is told below, with tracebacks
     try:
         client = distributed.Client(address, timeout=10)
         client.wait_for_workers(1, timeout=30)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever answers at such an address
         sys.exit(f'error: no Dask scheduler with workers at {address} ({str(error).splitlines()[0]}); start them first')
 
     def submit(task, callback=None):
@@ -509,13 +511,14 @@ def dask_cluster(address: str):
         return job
 
     with client, parallel_config('dask', client=client):
-        # joblib 1.6 tells nobody of a task whose workers died time and again, and waits for it for ever
+        # joblib 1.6 tells nobody of a task whose workers died time and again, and waits for it for ever; it would work
+        # here where one worker has joined so far, and send no more than that many need where others join later
         backend = get_active_backend()[0]
-        submit_quietly, backend.submit = backend.submit, submit
+        submit_quietly, backend.submit, backend.effective_n_jobs = backend.submit, submit, lambda n_jobs: MAX_DASK_WORKERS
         try:
             yield client
         except (CancelledError, distributed.KilledWorker) as error:
-            sys.exit(f'error: the Dask cluster at {address} is gone ({str(error).splitlines()[0]}); mend it, then the '
+            sys.exit(f'error: the Dask cluster at {address} failed ({str(error).splitlines()[0]}); mend it, then the '
                      'same command continues')
 
 
@@ -632,10 +635,13 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == '__main__':
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         main()
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; mend it, then the same command continues')
+    finally:  # nothing is left to interrupt
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -12,6 +12,11 @@ new files, annotations/ava_kinetics_val_v2.2.csv and annotations/ava_kinetics_de
     cp -r $MMACTION2/data/ava/annotations/ $MMACTION2/data/ava_kinetics/
     python3 merge_annotations.py --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
+import signal
+
+if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
 import argparse
 import contextlib
 import csv
@@ -21,13 +26,9 @@ import pickle
 import re
 import resource
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import Iterator
-
-if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 import filelock
 import numpy as np
@@ -266,10 +267,13 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == '__main__':
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         main()
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; mend it, then the same command continues')
+    finally:  # nothing is left to interrupt
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

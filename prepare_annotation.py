@@ -10,6 +10,11 @@ ROOT/reports/prepare_annotation_train.csv with its reason. With `--split val`, a
     python3 prepare_annotation.py --avakinetics_anotation=./ava_kinetics_v1_0 \\
         --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
+import signal
+
+if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
 import argparse
 import contextlib
 import csv
@@ -17,7 +22,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import sys
 import warnings
 from collections import Counter
@@ -25,9 +29,6 @@ from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Iterable, Iterator
-
-if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 import decord
 import filelock
@@ -38,6 +39,7 @@ from tqdm import tqdm
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
 CLIP_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})')
+MAX_DASK_WORKERS = 1000  # twice as many tasks wait in the cluster
 BATCH = 64  # clip folders looked through by one task
 
 
@@ -178,11 +180,11 @@ def dask_cluster(address: str):
         import distributed
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    logging.getLogger('distributed').setLevel(logging.CRITICAL)  # it logs what is told below, with tracebacks
+    logging.disable()  # Dask logs what is told below, with tracebacks
     try:
         client = distributed.Client(address, timeout=10)
         client.wait_for_workers(1, timeout=30)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever answers at such an address
         sys.exit(f'error: no Dask scheduler with workers at {address} ({str(error).splitlines()[0]}); start them first')
 
     def submit(task, callback=None):
@@ -191,13 +193,14 @@ def dask_cluster(address: str):
         return job
 
     with client, parallel_config('dask', client=client):
-        # joblib 1.6 tells nobody of a task whose workers died time and again, and waits for it for ever
+        # joblib 1.6 tells nobody of a task whose workers died time and again, and waits for it for ever; it would work
+        # here where one worker has joined so far, and send no more than that many need where others join later
         backend = get_active_backend()[0]
-        submit_quietly, backend.submit = backend.submit, submit
+        submit_quietly, backend.submit, backend.effective_n_jobs = backend.submit, submit, lambda n_jobs: MAX_DASK_WORKERS
         try:
             yield client
         except (CancelledError, distributed.KilledWorker) as error:
-            sys.exit(f'error: the Dask cluster at {address} is gone ({str(error).splitlines()[0]}); mend it, then the '
+            sys.exit(f'error: the Dask cluster at {address} failed ({str(error).splitlines()[0]}); mend it, then the '
                      'same command continues')
 
 
@@ -281,10 +284,13 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == '__main__':
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         main()
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; mend it, then the same command continues')
+    finally:  # nothing is left to interrupt
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

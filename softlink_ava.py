@@ -7,6 +7,11 @@ ROOT/annotations/ava_train_v2.2.csv is looked up in ROOT/rawframes; what lacks f
 
     python3 softlink_ava.py --avakinetics_root=$MMACTION2/data/ava_kinetics --ava_root=$MMACTION2/data/ava
 """
+import signal
+
+if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
 import argparse
 import contextlib
 import csv
@@ -14,12 +19,8 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import sys
 from pathlib import Path
-
-if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 import filelock
 from tqdm import tqdm
@@ -187,10 +188,13 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == '__main__':
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         main()
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; mend it, then the same command continues')
+    finally:  # nothing is left to interrupt
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,278 @@
+"""Kills, interruptions, full disks, two runs at once, read-only folders: every step ends well, and the next run mends all."""
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import fetch_proposal
+import sample_world
+from conftest import REPO, annotation_rows, numbered_source, snapshot
+from test_fetch import TINY, write_root
+
+VIDEOS = 8
+STEPS = {'cut': ['cut_kinetics.py', '--avakinetics_anotation={job}', '--kinetics_list={job}/list.txt'],
+         'cut archives': ['cut_kinetics.py', '--avakinetics_anotation={job}', '--kinetics_archives', '{job}/1.tar', '{job}/2.tar'],
+         'extract': ['extract_rgb_frames.py'],
+         'prepare': ['prepare_annotation.py', '--avakinetics_anotation={job}'],
+         'prepare from videos': ['prepare_annotation.py', '--avakinetics_anotation={job}'],
+         'fetch': ['fetch_proposal.py', *TINY],
+         'merge': ['merge_annotations.py'],
+         'link': ['softlink_ava.py', '--ava_root={job}/ava']}
+
+
+class Job:
+    """What every step finds, `before(step)`, and what an undisturbed run of it leaves, `after(step)`: folders to copy."""
+
+    def __init__(self, folder):
+        self.folder, self.seconds = folder, {}
+        self.make()
+        root = folder / 'root'
+        for step in STEPS:
+            if step == 'cut archives':
+                continue
+            if step == 'prepare from videos':
+                shutil.copytree(root, self.before(step), ignore=lambda path, names: {'rawframes', 'kinetics_train.csv'} & set(names))
+            elif root.is_dir():
+                shutil.copytree(root, self.before(step), symlinks=True)
+            else:
+                self.before(step).mkdir()
+            if step == 'prepare from videos':
+                shutil.copytree(self.before(step), self.after(step))
+                self.time(step, self.after(step))
+                continue
+            if step == 'merge':
+                shutil.copytree(folder / 'ava/annotations', root / 'annotations')
+                shutil.copytree(folder / 'ava/annotations', self.before(step) / 'annotations')
+            self.time(step, root)
+            shutil.copytree(root, self.after(step), symlinks=True)
+        self.before('cut archives').mkdir()
+        self.time('cut archives', self.after('cut archives'))
+
+    def before(self, step):
+        return self.folder / f'before {step}'
+
+    def after(self, step):
+        return self.folder / f'after {step}'
+
+    def command(self, step, root):
+        script, *arguments = (argument.format(job=self.folder) for argument in STEPS[step])
+        return [sys.executable, str(REPO / script), f'--avakinetics_root={root}', *arguments]
+
+    def time(self, step, root):
+        start = time.perf_counter()
+        subprocess.run(self.command(step, root), check=True, capture_output=True)
+        self.seconds[step] = time.perf_counter() - start
+
+    def make(self):
+        folder, lines, rows = self.folder, '', ''
+        for index in range(VIDEOS):
+            path = f'a b (c)/{index:011d}_000000_000010.mp4'
+            numbered_source(folder / path, {})
+            lines, rows = lines + f'{path} 1\n', rows + annotation_rows(f'{index:011d}', 5, 2)
+        rows += annotation_rows('00000000000', 8)  # so that ranges of it wait for a better source
+        (folder / 'list.txt').write_text(lines + f'{VIDEOS:011d}_000000_000010.mp4\n')
+        (folder / 'kinetics_train_v1.0.csv').write_text(rows + annotation_rows(f'{VIDEOS:011d}', 5))
+        for number in 1, 2:
+            paths = sorted((folder / 'a b (c)').iterdir())[number - 1::2]
+            subprocess.run(['tar', 'cf', folder / f'{number}.tar', *[path.relative_to(folder) for path in paths]], cwd=folder,
+                           check=True)
+        (folder / 'ava/annotations').mkdir(parents=True)
+        for video in '-5KQ66BBWC4', 'AVA_mov-1_x':
+            (folder / 'ava/rawframes' / video).mkdir(parents=True)
+            (folder / 'ava/rawframes' / video / 'img_00061.jpg').touch()
+        notes = folder / 'ava/annotations'
+        (notes / 'ava_train_v2.2.csv').write_text(''.join(
+            f'{video},0902,0.1,0.2,0.3,0.4,12,0\n' for video in ('-5KQ66BBWC4', 'AVA_mov-1_x')))
+        (notes / 'ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(sample_world.fair_pickle(
+            {f'{video},0902': np.ones((1, 5)) for video in ('-5KQ66BBWC4', 'AVA_mov-1_x')}))
+
+
+@pytest.fixture(scope='module')
+def job(tmp_path_factory):
+    return Job(tmp_path_factory.mktemp('job'))
+
+
+def assert_undisturbed(job, step, root):
+    """The tree is byte for byte that of an undisturbed run, and nothing unfinished is left anywhere."""
+    assert snapshot(root) == snapshot(job.after(step))
+    assert sorted(path.relative_to(root) for path in root.rglob('*')) == sorted(
+        path.relative_to(job.after(step)) for path in job.after(step).rglob('*'))
+    unfinished = [path for path in root.rglob('*') if path.name.startswith('.') or path.suffix == '.part' or '.shards' in path.name]
+    assert unfinished == [] or step == 'cut archives' and all('staged' in str(path) for path in unfinished)
+
+
+def said(text: str) -> list[str]:
+    """The lines of stderr but for progress bars."""
+    return [line for line in text.replace('\r', '\n').splitlines() if line.strip() and '%|' not in line]
+
+
+@pytest.mark.parametrize('step', STEPS)
+def test_killed_at_random_moments(job, step, tmp_path):
+    """Six kills of the whole process group, three of them on what the ones before left; then one complete run."""
+    chance, seconds = random.Random(step), job.seconds[step]
+    for round in range(2):
+        root = tmp_path / f'root{round}'
+        shutil.copytree(job.before(step), root, symlinks=True)
+        for _ in range(3):
+            process = subprocess.Popen(job.command(step, root), start_new_session=True, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL)
+            time.sleep(chance.uniform(0.4, 1.05) * seconds)
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it was done
+                pass
+            process.wait()
+        done = subprocess.run(job.command(step, root), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert_undisturbed(job, step, root)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('step', STEPS)
+def test_interrupted(job, step, number, tmp_path):
+    """Ctrl-C goes to the whole process group, what kill and batch systems send to the script alone: one line, exit code 130."""
+    chance, seconds, codes = random.Random(f'{step}{number}'), job.seconds[step], []
+    root = tmp_path / 'root'
+    shutil.copytree(job.before(step), root, symlinks=True)
+    while len(codes) < 3 or 130 not in codes and len(codes) < 20:
+        process = subprocess.Popen(job.command(step, root), start_new_session=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        time.sleep(chance.uniform(0.15, 0.9) * seconds)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        out, err = process.communicate(timeout=60)
+        codes.append(process.returncode)
+        if process.returncode == 130:
+            assert said(err) == ['interrupted; the same command continues'] and 'Traceback' not in out
+            hidden = [path for path in root.rglob('.*') if 'staged' not in path.name]
+            assert not hidden
+        else:  # it was done, or the signal came before Python was up
+            assert process.returncode in (0, -number) and not said(err), (process.returncode, err)
+    assert 130 in codes
+    subprocess.run(job.command(step, root), check=True, capture_output=True)
+    assert_undisturbed(job, step, root)
+
+
+@pytest.mark.parametrize('step', STEPS)
+def test_two_runs_at_once(job, step, tmp_path):
+    """Both end well, or the second says that one is under way."""
+    root = tmp_path / 'root'
+    shutil.copytree(job.before(step), root, symlinks=True)
+    runs = [subprocess.Popen(job.command(step, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)]
+    ends = [(process.communicate()[1], process.returncode) for process in runs]
+    assert 0 in [code for _, code in ends]
+    for err, code in ends:
+        assert code == 0 or said(err)[-1].startswith('error: another run of this step is at work'), err
+    assert_undisturbed(job, step, root)
+
+
+def in_mounted(script: str, **variables) -> subprocess.CompletedProcess:
+    """Run a shell script that may mount file systems, which nobody else sees and which go with it."""
+    probe = subprocess.run(['unshare', '--mount', '--map-root-user', 'mount', '-t', 'tmpfs', 'none', '/mnt'], capture_output=True)
+    if probe.returncode:
+        pytest.skip('this machine lets nobody mount a file system')
+    return subprocess.run(['unshare', '--mount', '--map-root-user', 'bash', '-c', script], capture_output=True, text=True,
+                          env={**os.environ, **{name: str(value) for name, value in variables.items()}}, timeout=300)
+
+
+FREE_KB = {'cut': 60, 'cut archives': 60, 'extract': 1500, 'fetch': 4}  # less than the step writes; for the others nothing
+
+
+@pytest.mark.parametrize('step', STEPS)
+def test_disk_full(job, step, tmp_path):
+    """A small tmpfs: one line that says so, nothing half-written, and the same command continues once there is space."""
+    command = ' '.join(f"'{part}'" for part in job.command(step, '/mnt/root'))
+    done = in_mounted('''
+mount -t tmpfs -o size=60m none /mnt && cp -a "$BEFORE" /mnt/root
+dd if=/dev/zero of=/mnt/filler bs=1k status=none 2>/dev/null
+truncate -s -"$FREE"k /mnt/filler
+''' + command + ''' >"$OUT/first.out" 2>"$OUT/first.err"; echo $? >"$OUT/first.code"
+cp -a /mnt/root "$OUT/full"
+rm /mnt/filler
+''' + command + ''' >"$OUT/second.out" 2>"$OUT/second.err"; echo $? >"$OUT/second.code"
+cp -a /mnt/root "$OUT/root"
+''', BEFORE=job.before(step), OUT=tmp_path, FREE=FREE_KB.get(step, 0))
+    assert done.returncode == 0, done.stderr
+    first, code = said((tmp_path / 'first.err').read_text()), (tmp_path / 'first.code').read_text().strip()
+    assert code == '1' and len(first) == 1 and 'No space left on device' in first[0], (code, first)
+    whole, before = snapshot(job.after(step)), snapshot(job.before(step))
+    for name, digest in snapshot(tmp_path / 'full').items():  # under a final name: what was there before, or what is right
+        if not any(part.startswith('.') for part in name.split('/')) and not name.endswith('.part'):
+            assert digest in (whole.get(name), before.get(name)) or '.shards/' in name or 'archives.jsonl' in name, name
+    assert (tmp_path / 'second.code').read_text().strip() == '0', (tmp_path / 'second.err').read_text()
+    assert_undisturbed(job, step, tmp_path / 'root')
+
+
+@pytest.mark.parametrize('step', STEPS)
+def test_read_only_disk(job, step, tmp_path):
+    command = ' '.join(f"'{part}'" for part in job.command(step, '/mnt/root'))
+    done = in_mounted('''
+mount -t tmpfs -o size=60m none /mnt && cp -a "$BEFORE" /mnt/root && mount -o remount,ro /mnt
+exec ''' + command, BEFORE=job.before(step))
+    assert done.returncode == 1 and len(said(done.stderr)) == 1 and 'Read-only file system' in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize('step', STEPS)
+def test_no_permission(job, step, tmp_path):
+    """A folder that may not be written; for root too, once it has lost the right to pass over permissions."""
+    root = tmp_path / 'root'
+    shutil.copytree(job.before(step), root, symlinks=True)
+    for folder in [root, *(path for path in root.rglob('*') if path.is_dir() and not path.is_symlink())]:
+        folder.chmod(0o555)
+    drop = ['setpriv', '--bounding-set=-dac_override,-dac_read_search'] if os.getuid() == 0 else []
+    done = subprocess.run(drop + job.command(step, root), capture_output=True, text=True)
+    for folder in [root, *(path for path in root.rglob('*') if path.is_dir() and not path.is_symlink())]:
+        folder.chmod(0o755)
+    assert done.returncode == 1 and len(said(done.stderr)) == 1 and 'Permission denied' in done.stderr, done.stderr
+    assert snapshot(root) == snapshot(job.before(step))
+
+
+def test_a_disk_without_symbolic_links(job, tmp_path):
+    root = tmp_path / 'root'
+    shutil.copytree(job.before('link'), root, symlinks=True)
+    script, *arguments = job.command('link', root)[1:]
+    program = ('import os, runpy, sys\n'
+               'def symlink(*_, **__): raise PermissionError(1, "Operation not permitted")\n'
+               'os.symlink = symlink\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name="__main__")')
+    done = subprocess.run([sys.executable, '-c', program, script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1 and len(said(done.stderr)) == 1 and 'no link can be made' in done.stderr, done.stderr
+    assert snapshot(root) == snapshot(job.before('link'))
+
+
+def test_a_worker_process_that_is_killed_ends_the_run_with_a_line(job, tmp_path):
+    root = tmp_path / 'root'
+    command = job.command('cut', root) + ['--num_workers=2']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(root.glob('videos/*.mp4')):
+        time.sleep(0.01)
+    workers = subprocess.run(['pgrep', '-s', str(process.pid), '-f', 'LokyProcess'], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    err = process.communicate()[1]
+    assert process.returncode == 1 and said(err)[-1].startswith('error: a worker process was killed') and len(said(err)) == 1, err
+    subprocess.run(command, check=True, capture_output=True)
+    assert_undisturbed(job, 'cut', root)
+
+
+def test_spoilt_shards_are_computed_again(tmp_path):
+    """A shard that a fault of the disk, or somebody, has changed is not believed."""
+    root = write_root(tmp_path / 'root', range(2))
+    command = [sys.executable, str(REPO / 'fetch_proposal.py'), f'--avakinetics_root={root}', *TINY]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list(root.glob('*.shards')):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    shard = next(root.glob('*.shards')) / '00000000.pkl'
+    for content in b'', pickle.dumps(print), pickle.dumps([1, 2, 3]), pickle.dumps(({}, 7)), b'spoilt':
+        shard.write_bytes(content)
+        assert fetch_proposal.read_shard(shard) is None
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and '6 of 6 frames' in done.stdout, done.stderr
+    assert not list(root.glob('*.shards'))
