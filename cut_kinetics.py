@@ -355,10 +355,19 @@ def cut_archive(archive: str, annotations: Path, root: Path, options: argparse.N
                 os.replace(clip, staged_clip(root, options.split, key))
         (work / name[0]).unlink(missing_ok=True)
 
-    @patiently
     def read() -> None:
         with fsspec.open(archive, 'rb').open() as file:
-            file.read = patiently(file.read)  # a dropped connection is taken up where it broke, if the server can
+            read_some, empty = patiently(file.read), 0
+
+            def read_on(size: int) -> bytes:  # takes a dropped connection up where it broke, if the server can
+                nonlocal empty
+                data = read_some(size)
+                empty = 0 if data else empty + 1
+                if empty > 9:  # a header claims terabytes: tarfile would go through all of them
+                    raise EOFError('it ends before the size that a header claims')
+                return data
+
+            file.read = read_on
             with tarfile.open(fileobj=file, mode='r|*', bufsize=1 << 20) as tar:
                 for member in tar:
                     cut_member(tar, member)
@@ -367,7 +376,7 @@ def cut_archive(archive: str, annotations: Path, root: Path, options: argparse.N
     error = None
     with unfinished(root, options.split) as work:
         try:
-            read()
+            patiently(read)() if '://' in archive else read()
         except (*ARCHIVE_ERRORS, ImportError, ValueError) as stop:  # the latter for protocols that fsspec lacks
             if getattr(stop, 'errno', None) in DISK_FULL.values():
                 raise

@@ -245,7 +245,10 @@ def read_frame(root: Path, clip: str, second: int) -> np.ndarray | str:
         return f'unreadable frame: {error.strerror} {name}'
     if not data.rstrip(b'\0').endswith(b'\xff\xd9'):  # OpenCV fills the rest of a truncated JPEG with grey
         return f'unreadable frame: truncated or no JPEG {name}'
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:  # a header that claims billions of pixels
+        image = None
     return f'unreadable frame: broken JPEG {name}' if image is None else image
 
 

@@ -97,9 +97,8 @@ class Array:
         self.fill(data, dtype, shape, 'F' if fortran else 'C')
 
     def fill(self, data: bytes, dtype: DType, shape: tuple, order: str) -> 'Array':
-        if not re.fullmatch('[<>=|]?[fiu][1248]', dtype.order + dtype.code.lstrip('<>=|')):
-            raise pickle.UnpicklingError('an array of other things than numbers')
-        self.value = np.frombuffer(data, (dtype.order or dtype.code[:-2]) + dtype.code[-2:]).reshape(shape, order=order)
+        if re.fullmatch('[<>=|]?[fiu][1248]', dtype.order + dtype.code.lstrip('<>=|')):  # else not numbers: no value
+            self.value = np.frombuffer(data, (dtype.order or dtype.code[:-2]) + dtype.code[-2:]).reshape(shape, order=order)
         return self
 
 

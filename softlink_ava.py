@@ -57,9 +57,10 @@ def link_folder(source: Path, link: Path, work: Path) -> str:
     return outcome
 
 
-def read_annotated(path: Path) -> tuple[dict[str, set[int]], list[tuple]]:
-    """The annotated seconds of every clip and AVA video in the merged annotations, and report rows on malformed lines."""
-    seconds, problems = {}, []
+def read_annotated(path: Path) -> tuple[dict[str, set[int]], int, list[tuple]]:
+    """The annotated seconds of every clip and AVA video in the merged annotations, how many lines these have, and report
+    rows on malformed ones."""
+    seconds, number, problems = {}, 0, []
     with open(path, errors='replace') as file:
         for number, line in enumerate(file, 1):
             row = line.split(',')
@@ -67,7 +68,7 @@ def read_annotated(path: Path) -> tuple[dict[str, set[int]], list[tuple]]:
                 seconds.setdefault(row[0], set()).add(int(row[1]))
             else:
                 problems.append((f'line {number} of {path.name}', 'malformed row: training stops at it'))
-    return seconds, problems
+    return seconds, number, problems
 
 
 def missing_frames(folder: Path, seconds: set[int]) -> str | None:
@@ -142,7 +143,7 @@ def check(root: Path) -> None:
     annotations = root / 'annotations/ava_train_v2.2.csv'
     if not annotations.is_file():
         sys.exit(f'error: {annotations} not found, so the data set cannot be checked; do Step 7 (merge_annotations.py)')
-    annotated, rows = read_annotated(annotations)
+    annotated, total, rows = read_annotated(annotations)
     clips = sum(bool(CLIP_NAME.fullmatch(name)) for name in annotated)
     raw = any(CLIP_NAME.fullmatch(name) and (root / 'rawframes' / name).is_dir() for name in annotated)
     for name, seconds in tqdm(annotated.items(), desc='check', unit='clip', delay=1):
@@ -154,9 +155,6 @@ def check(root: Path) -> None:
             rows.append((name, problem))
     report = root / 'reports/softlink_ava.csv'
     write_report(report, ['clip', 'reason'], sorted(rows))
-
-    with open(annotations) as file:
-        total = sum(1 for _ in file)
     proposals = root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl'
     print(f'AVA-Kinetics in {root}: {clips} Kinetics clips and {len(annotated) - clips} AVA videos annotated, '
           f'{total} rows, {count_proposals(proposals)} frames with proposals')
@@ -177,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
         sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
     (root / 'rawframes').mkdir(exist_ok=True)  # without raw frames of Kinetics, AVA's are the first
-    videos = sorted(entry.name for entry in os.scandir(ava) if entry.is_dir() and not entry.name.startswith('.'))
+    videos = sorted(name for name in os.listdir(ava) if os.path.isdir(ava / name) and not name.startswith('.'))
     if not videos:
         sys.exit(f'error: {ava} holds no folder of frames; extract the frames of AVA or set --ava_root')
     with workspace(root / 'rawframes/.softlink_ava') as work:
