@@ -23,7 +23,6 @@ import csv
 import functools
 import hashlib
 import importlib
-import io
 import json
 import logging
 import os
@@ -314,7 +313,7 @@ def detect_shard(path: Path, root: Path, frames: list[tuple[str, str, int]], opt
         for (key, _), answer in zip(batch, answers):
             people = people_of(answer, options.score_thr)
             if len(people):
-                proposals[key] = people
+                proposals[key] = people.tolist()
         progress(len(batch))
 
     def load() -> Iterator[tuple[str, dict | str]]:
@@ -334,7 +333,7 @@ def detect_shard(path: Path, root: Path, frames: list[tuple[str, str, int]], opt
             detect(waiting.pop(tuple(data['inputs'].shape)))
     for batch in waiting.values():
         detect(batch)
-    write_pickle(path, (dict(sorted(proposals.items())), dict(sorted(problems.items()))))
+    write_shard(path, proposals, problems)
     return len(frames)
 
 
@@ -399,23 +398,24 @@ class Unpickler(pickle.Unpickler):
 
 
 def write_pickle(path: Path, value: object) -> None:
-    """Write a pickle beside its final name, in a folder of its own since another process may do the same, then rename it."""
-    buffer = io.BytesIO()
-    Pickler(buffer, protocol=4).dump(value)
+    with open(path, 'wb') as file:
+        Pickler(file, protocol=4).dump(value)
+
+
+def write_shard(path: Path, proposals: dict[str, list], problems: dict[str, str]) -> None:
+    """Write a shard beside its final name, in a folder of its own since another process may do the same, then rename it."""
     with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
         part = Path(folder) / path.name
-        part.write_bytes(buffer.getvalue())
+        part.write_text(json.dumps([proposals, problems], sort_keys=True))
         os.replace(part, path)
 
 
 def read_shard(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
     """A shard's proposals and its unreadable frames, or None where it is not there, or spoilt."""
     try:
-        with open(path, 'rb') as file:
-            proposals, unreadable = Unpickler(file).load()
-        return dict(proposals), dict(unreadable)
-    except (pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError,
-            MemoryError, OverflowError, UnicodeError):
+        proposals, problems = json.loads(path.read_bytes())
+        return {key: np.array(people, float).reshape(-1, 5) for key, people in proposals.items()}, dict(problems)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -545,7 +545,7 @@ def detect(frames: dict[str, tuple[str, int]], folder: Path, options: Options, a
     load_detector(local[0])  # a checkpoint that does not fit ends the run here
     folder.mkdir(parents=True, exist_ok=True)
     items = [(key, *frame) for key, frame in frames.items()]
-    shards = {folder / f'{index:08d}.pkl': items[index:index + SHARD] for index in range(0, len(items), SHARD)}
+    shards = {folder / f'{index:08d}.json': items[index:index + SHARD] for index in range(0, len(items), SHARD)}
     todo = {path: shard for path, shard in shards.items() if read_shard(path) is None}
     with tqdm(total=len(items), initial=len(items) - sum(map(len, todo.values())), desc='detect', unit='frame',
               delay=1) as bar:

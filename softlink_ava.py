@@ -18,6 +18,7 @@ import csv
 import os
 import pickle
 import re
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -84,6 +85,19 @@ def missing_frames(folder: Path, seconds: set[int]) -> str | None:
     return f'frames missing: {len(missing)} of {len(wanted)}, first img_{missing[0]:05d}.jpg' if missing else None
 
 
+@contextlib.contextmanager
+def memory_for(path: Path):
+    """Let this process take so much more memory as reading a pickle can need, since a small one may claim any amount."""
+    statm, limits = Path('/proc/self/statm'), resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.is_file() else 2 ** 40  # macOS has none
+    most = taken + 20 * path.stat().st_size + 2 ** 30  # 4 to 6 times the file were measured
+    resource.setrlimit(resource.RLIMIT_AS, (most if limits[1] < 0 else min(most, limits[1]), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def count_proposals(path: Path) -> str:
     """How many frames a merged pickle has proposals for, read without making objects of what it names."""
     class Unpickler(pickle.Unpickler):
@@ -91,7 +105,7 @@ def count_proposals(path: Path) -> str:
             return type('Ignored', (), {'__init__': lambda self, *args: None, '__setstate__': lambda self, state: None})
 
     try:
-        with open(path, 'rb') as file:
+        with open(path, 'rb') as file, memory_for(path):
             return str(len(Unpickler(file).load()))
     except (pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError,
             MemoryError, OverflowError, RecursionError, UnicodeError):

@@ -32,6 +32,14 @@ def errors(done: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
+def refused(main, *arguments) -> str:
+    """What a script's main function says when it ends with an error: one line. In this process, since imports take seconds."""
+    with pytest.raises(SystemExit) as refusal:
+        main([str(argument) for argument in arguments])
+    assert refusal.value.code.startswith('error: ') and '\n' not in refusal.value.code
+    return refusal.value.code
+
+
 def snapshot(folder: Path) -> dict[str, str]:
     """Every file and link under a folder, with the digest of its content."""
     tree = {}

@@ -1,9 +1,7 @@
 """Step 3 straight from archives: the same bytes as from files, through dropped connections and broken archives."""
 import http.server
 import io
-import os
 import random
-import subprocess
 import tarfile
 import threading
 
@@ -154,23 +152,6 @@ def test_short_side(kinetics, tmp_path):
         assert draw.read_stamp(frames[7].asnumpy()) == 37
     assert sizes == {64: (64, 86), 90: (90, 120), 120: (120, 160), 500: (120, 160)}
     assert 'even number' in errors(cut(kinetics, tmp_path, '--short_side=255', code=1))
-
-
-def test_killed_in_the_middle_and_run_again(kinetics, archives, tmp_path):
-    import sys
-    from conftest import REPO
-    command = [sys.executable, str(REPO / 'cut_kinetics.py'), f'--avakinetics_anotation={kinetics}/notes',
-               f'--avakinetics_root={tmp_path}/root', '--kinetics_archives', *map(str, archives)]
-    for seconds in 1.2, 1.6:
-        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-    subprocess.run(command, check=True, capture_output=True)
-    assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
-    assert not list((tmp_path / 'root/videos').glob('.*'))
 
 
 def test_one_archive_after_the_other(kinetics, archives, tmp_path):

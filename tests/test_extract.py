@@ -1,9 +1,5 @@
 """Step 4: as many frames as the name says, each the clip's own, at no lower quality than -q:v 2."""
-import os
-import shutil
-import signal
 import subprocess
-import sys
 
 import cv2
 import decord
@@ -11,7 +7,7 @@ import numpy as np
 import pytest
 
 import draw
-from conftest import REPO, errors, numbered_source, read_csv, run, snapshot
+from conftest import errors, numbered_source, read_csv, run, snapshot
 
 
 def make_clip(root, name, seconds=2, **variant):
@@ -84,31 +80,3 @@ def test_errors_say_what_to_do(tmp_path):
     assert 'do Step 3' in errors(run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1))
     (tmp_path / 'bare/videos/EMPTY-EMPTY_000000_000002.mp4').touch()
     assert 'not one clip' in errors(run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1))
-
-
-def test_killed_at_any_moment_and_run_again(root, tmp_path):
-    for index in range(30):
-        shutil.copy(root / 'videos/Zz_00-AbCdE_000000_000002.mp4', root / f'videos/{index:011d}_000000_000002.mp4')
-    shutil.copytree(root, tmp_path / 'undisturbed')
-    run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/undisturbed')
-    command = [sys.executable, str(REPO / 'extract_rgb_frames.py'), f'--avakinetics_root={root}']
-    for seconds in 0.7, 0.9, 1.1, 1.3:
-        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    subprocess.run(command, check=True, capture_output=True)
-    assert snapshot(root) == snapshot(tmp_path / 'undisturbed')
-    assert {path.name for path in root.iterdir()} == {'videos', 'rawframes', 'reports'}
-
-
-def test_two_runs_at_once_do_no_harm(root):
-    command = [sys.executable, str(REPO / 'extract_rgb_frames.py'), f'--avakinetics_root={root}', '--num_workers=1']
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate() for process in runs]
-    assert 0 in [process.returncode for process in runs]
-    for process, (out, err) in zip(runs, said):
-        assert '2 of 2 clips' in out or 'another run of this step is at work' in err, err
-    assert '0 extracted now, 2 there already' in run('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout

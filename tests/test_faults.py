@@ -115,9 +115,9 @@ def said(text: str) -> list[str]:
 
 @pytest.mark.parametrize('step', STEPS)
 def test_killed_at_random_moments(job, step, tmp_path):
-    """Six kills of the whole process group, three of them on what the ones before left; then one complete run."""
+    """Three kills of the whole process group, each on what the one before left, then one complete run; twice, but for Step 6."""
     chance, seconds = random.Random(step), job.seconds[step]
-    for round in range(2):
+    for round in range(1 if step == 'fetch' else 2):
         root = tmp_path / f'root{round}'
         shutil.copytree(job.before(step), root, symlinks=True)
         for _ in range(3):
@@ -269,8 +269,8 @@ def test_spoilt_shards_are_computed_again(tmp_path):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    shard = next(root.glob('*.shards')) / '00000000.pkl'
-    for content in b'', pickle.dumps(print), pickle.dumps([1, 2, 3]), pickle.dumps(({}, 7)), b'spoilt':
+    shard = next(root.glob('*.shards')) / '00000000.json'
+    for content in b'', b'[1, 2]', b'[{}, 7]', b'[{"x": [[1]]}, {}]', b'[' * 100_000, b'\xff', pickle.dumps(print), b'spoilt':
         shard.write_bytes(content)
         assert fetch_proposal.read_shard(shard) is None
     done = subprocess.run(command, capture_output=True, text=True)

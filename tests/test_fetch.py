@@ -1,5 +1,6 @@
 """Step 6: real detections of a real detector, equal to what mmdet gives frame by frame."""
 import itertools
+import json
 import os
 import pickle
 import shutil
@@ -16,7 +17,7 @@ from mmengine import Config
 
 import draw
 import fetch_proposal
-from conftest import REPO, errors, read_csv, run, snapshot
+from conftest import REPO, errors, read_csv, refused, run, snapshot
 
 TINY = [f'--config={REPO}/tests/tiny_detector.py', f'--checkpoint={REPO}/tests/tiny_detector.pth']
 
@@ -227,27 +228,33 @@ class Evil:
         return os.system, ('touch pwned',)
 
 
-def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path):
-    root = fetched[0]
-    assert 'do Step 5' in errors(fetch(root, f'--datalist={tmp_path}/none.csv', code=1))
-    assert 'do Step 3' in errors(fetch(tmp_path, f'--datalist={root}/kinetics_train.csv', code=1))
+def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    assert 'do Step 5' in errors(fetch(fetched[0], f'--datalist={tmp_path}/none.csv', code=1))
+
+    def refusal(*options, root=fetched[0], config=TINY[0]):
+        return refused(fetch_proposal.main, f'--avakinetics_root={root}', config, TINY[1], *options)
+
+    assert 'do Step 3' in refusal(f'--datalist={fetched[0]}/kinetics_train.csv', root=tmp_path)
     (tmp_path / 'empty.csv').touch()
-    assert 'holds no annotated keyframe' in errors(fetch(root, f'--datalist={tmp_path}/empty.csv', code=1))
-    assert 'set --config' in errors(fetch(root, '--config=none.py', code=1))
+    assert 'holds no annotated keyframe' in refusal(f'--datalist={tmp_path}/empty.csv')
+    assert 'set --config' in refusal('--config=none.py')
     (tmp_path / 'broken.py').write_text('model = dict(')
-    assert 'is no mmdetection config' in errors(fetch(root, f'--config={tmp_path}/broken.py', code=1))
-    assert '--preview end in' in errors(fetch(root, '--preview=sheet.doc', code=1))
-    assert 'set --checkpoint' in errors(fetch(root, '--checkpoint=none.pth', code=1))
-    assert 'cannot be downloaded' in errors(fetch(root, '--checkpoint=http://127.0.0.1:9/x.pth', code=1,
-                                                  env={'HOME': str(tmp_path), 'PATH': '/usr/bin:/bin'}))
+    assert 'is no mmdetection config' in refusal(f'--config={tmp_path}/broken.py')
+    assert '--preview end in' in refusal('--preview=sheet.doc')
+    assert 'set --checkpoint' in refusal('--checkpoint=none.pth')
+    assert 'cannot be downloaded' in refusal('--checkpoint=http://127.0.0.1:9/x.pth')
     for content in b'', b'no checkpoint', pickle.dumps(Evil()):
         (tmp_path / 'bad.pth').write_bytes(content)
-        assert 'cannot be read as weights' in errors(fetch(root, f'--checkpoint={tmp_path}/bad.pth', code=1, cwd=tmp_path))
+        assert 'cannot be read as weights' in refusal(f'--checkpoint={tmp_path}/bad.pth')
     torch.save(Evil(), tmp_path / 'evil.pth')
-    assert 'cannot be read as weights' in errors(fetch(root, f'--checkpoint={tmp_path}/evil.pth', code=1, cwd=tmp_path))
+    assert 'cannot be read as weights' in refusal(f'--checkpoint={tmp_path}/evil.pth')
     assert not (tmp_path / 'pwned').exists()
-    message = errors(run('fetch_proposal.py', f'--avakinetics_root={root}', TINY[1], code=1))
+    message = refusal(config=f'--config={REPO}/X-101-64x4d-FPN.py')
     assert 'does not fit the config' in message and 'backbone.' in message
+    for option in '--neighbors=-1', '--batch_size=0', '--score_thr=1':
+        assert 'must be' in refusal(option)
 
 
 def test_killed_and_run_again(tmp_path):
@@ -255,16 +262,16 @@ def test_killed_and_run_again(tmp_path):
     root = write_root(tmp_path, range(200))
     command = [sys.executable, str(REPO / 'fetch_proposal.py'), f'--avakinetics_root={root}', *TINY]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(root.glob('*.shards/00000000.pkl')):
+    while process.poll() is None and not list(root.glob('*.shards/00000000.json')):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    first = next(root.glob('*.shards/00000000.pkl'))
-    with open(first, 'rb') as file:
-        kept = pickle.load(file)[0]
-    assert len(kept) == 512 and not (root / 'kinetics_proposal.pkl').exists()
-    kept[min(kept)][:, 4] = 0.875  # a mark that only a shard which was kept can leave
-    fetch_proposal.write_pickle(first, (kept, {}))
+    first = next(root.glob('*.shards/00000000.json'))
+    kept, problems = json.loads(first.read_text())
+    assert len(kept) == 512 and not problems and not (root / 'kinetics_proposal.pkl').exists()
+    for person in kept[min(kept)]:
+        person[4] = 0.875  # a mark that only a shard which was kept can leave
+    first.write_text(json.dumps([kept, {}]))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     proposals = load(root / 'kinetics_proposal.pkl')
     assert '600 of 600 frames' in done.stdout and (proposals[min(kept)][:, 4] == 0.875).all()
@@ -306,9 +313,6 @@ def test_neighbors_and_score_thr(fetched, tmp_path):
     assert few and few.keys() <= {f'scene-{scene:05d},0012' for scene in range(70)}
     for key, boxes in few.items():
         assert_same_people(boxes, all_of_them[key][all_of_them[key][:, 4] > 0.99])
-    assert 'must be' in errors(fetch(fetched[0], '--neighbors=-1', code=1))
-    assert 'must be' in errors(fetch(fetched[0], '--batch_size=0', code=1))
-    assert 'must be' in errors(fetch(fetched[0], '--score_thr=1', code=1))
 
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch):

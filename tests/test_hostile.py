@@ -20,8 +20,10 @@ import pytest
 import torch
 
 import draw
+import fetch_proposal
 import sample_world
-from conftest import REPO, annotation_rows, empty_frames, errors, numbered_source, read_csv, run, snapshot
+from conftest import (REPO, annotation_rows, empty_frames, errors, numbered_source, read_csv, refused, run,
+                      snapshot)
 from test_fetch import TINY, load, write_root
 
 LINE = 'aaaaaaaaaaa,5,0.1,0.2,0.5,0.9,12'
@@ -422,9 +424,9 @@ CONFIGS = {'does not parse': 'model = dict(', 'raises': 'raise SystemError("no")
 @pytest.mark.parametrize('name', CONFIGS)
 def test_configs(fetched, tmp_path, name):
     (tmp_path / 'config.py').write_text(CONFIGS[name])
-    done = run('fetch_proposal.py', f'--avakinetics_root={fetched[0]}', f'--picklepath={tmp_path}/x.pkl',
-               f'--config={tmp_path}/config.py', TINY[1], code=1, cwd=tmp_path)
-    assert f'{tmp_path}/config.py' in errors(done)
+    message = refused(fetch_proposal.main, f'--avakinetics_root={fetched[0]}', f'--picklepath={tmp_path}/x.pkl',
+                      f'--config={tmp_path}/config.py', TINY[1])
+    assert f'{tmp_path}/config.py' in message
 
 
 def checkpoints(folder: Path) -> dict[str, bytes]:
@@ -436,11 +438,12 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize('name', ['code', 'code in a plain pickle', 'other weights', 'truncated', 'a list', 'empty'])
-def test_checkpoints(fetched, tmp_path, name):
+def test_checkpoints(fetched, tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / 'x.pth').write_bytes(checkpoints(tmp_path)[name])
-    done = run('fetch_proposal.py', f'--avakinetics_root={fetched[0]}', f'--picklepath={tmp_path}/x.pkl', TINY[0],
-               f'--checkpoint={tmp_path}/x.pth', code=1, cwd=tmp_path)
-    assert f'{tmp_path}/x.pth' in errors(done) and not (tmp_path / 'pwned').exists()
+    message = refused(fetch_proposal.main, f'--avakinetics_root={fetched[0]}', f'--picklepath={tmp_path}/x.pkl', TINY[0],
+                      f'--checkpoint={tmp_path}/x.pth')
+    assert f'{tmp_path}/x.pth' in message and not (tmp_path / 'pwned').exists()
 
 
 def recursive() -> dict:

@@ -1,0 +1,106 @@
+"""Fuzz the readers of annotations, lists, data lists and pickles with atheris: `python tests/fuzz_readers.py SECONDS`.
+
+Not part of the tests: pip install atheris. Every reader is given bytes that atheris makes up from good examples; a reader
+may refuse them by what it documents, anything else is a find and ends the run with the input in the working directory.
+"""
+import contextlib
+import os
+import pickle
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+with atheris.instrument_imports(include=['cut_kinetics', 'prepare_annotation', 'fetch_proposal', 'merge_annotations', 'softlink_ava']):
+    import cut_kinetics
+    import fetch_proposal
+    import merge_annotations
+    import prepare_annotation
+    import softlink_ava
+import numpy as np  # noqa: E402
+
+import sample_world  # noqa: E402
+
+FOLDER = Path(tempfile.mkdtemp())
+FILE = FOLDER / 'input'
+LINE = b'aaaaaaaaaaa,5.005,0.1,0.2,0.5,0.9,12\n'
+PROPOSALS = {'aaaaaaaaaaa,0005': np.ones((1, 5)), '-5KQ66BBWC4,0902': np.ones((2, 5))}
+SEEDS = [b'\0' + LINE + b'bbbbbbbbbbb,7\n\xef\xbb\xbf"aaaaaaaaaaa","5"\r\n', b'\1a b/aaaaaaaaaaa_000000_000010.mp4 3\nx\n',
+         b'\2aaaaaaaaaaa_000003_000007,5,0.1,0.2,0.5,0.9,12,-1\n', b'\3' + sample_world.fair_pickle(PROPOSALS),
+         *(b'\3' + pickle.dumps(PROPOSALS, protocol) for protocol in range(6)), b'\4[{"aaaaaaaaaaa,0005": [[0.1, 0.2, 0.5, 0.9, 0.8]]}, {"a": "b"}]']
+
+
+def read_annotations(data: bytes) -> None:
+    FILE.write_bytes(data)
+    keyframes, unpeopled, problems = cut_kinetics.read_keyframes(FILE)
+    rows = list(prepare_annotation.read_annotations(FILE))
+    assert len(problems) == sum(isinstance(row, str) for row in rows) and unpeopled >= 0
+    assert all(len(video) == 11 and '/' not in video and '.' not in video for video in keyframes)
+    assert all(0 <= second < 10 ** 6 for seconds in keyframes.values() for second in seconds)
+
+
+def read_list(data: bytes) -> None:
+    FILE.write_bytes(data)
+    sources, _ = cut_kinetics.read_sources(FILE, {'aaaaaaaaaaa': {5}, 'bbbbbbbbbbb': {0, 7}})
+    for video, copies in sources.items():
+        for source, covered in cut_kinetics.plan_clips(copies, {5} if video[0] == 'a' else {0, 7}).items():
+            start, end = cut_kinetics.clip_range(source, covered)
+            assert source.start <= start < end <= source.end
+            assert prepare_annotation.CLIP_NAME.fullmatch(cut_kinetics.clip_name(video, start, end)[:-4])
+
+
+def read_datalist(data: bytes) -> None:
+    FILE.write_bytes(data)
+    keyframes, _ = fetch_proposal.read_datalist(FILE)
+    for key, (clip, second) in fetch_proposal.plan_frames(list(keyframes), 1).items():
+        assert key == f'{clip[:11]},{second:04d}' and int(clip[12:18]) <= second < int(clip[19:25])
+    problems = []
+    rows = list(merge_annotations.read_rows(FILE, merge_annotations.CLIP, problems))
+    assert all(merge_annotations.CLIP.fullmatch(name) for name, _ in rows)
+    softlink_ava.read_annotated(FILE)
+
+
+def read_proposals(data: bytes) -> None:
+    FILE.write_bytes(data)
+    with contextlib.suppress(SystemExit):
+        for key, boxes in merge_annotations.read_proposals(FILE, []).items():
+            assert isinstance(key, str) and boxes.dtype.kind == 'f' and np.isfinite(boxes).all()
+    softlink_ava.count_proposals(FILE)
+
+
+def read_shard(data: bytes) -> None:
+    FILE.write_bytes(data)
+    fetch_proposal.read_shard(FILE)
+
+
+READERS = read_annotations, read_list, read_datalist, read_proposals, read_shard
+
+
+def forbidden(event: str, arguments: tuple) -> None:
+    """Whatever a reader has no business to do ends the run at once."""
+    if event in ('os.system', 'subprocess.Popen', 'os.exec', 'os.posix_spawn', 'socket.connect') and ACTIVE:
+        os.write(2, f'{event} {arguments}\n'.encode())
+        os.abort()
+
+
+ACTIVE = []
+
+
+def test_one_input(data: bytes) -> None:
+    if data:
+        ACTIVE.append(1)
+        READERS[data[0] % len(READERS)](data[1:])
+        ACTIVE.clear()
+
+
+if __name__ == '__main__':
+    seconds = sys.argv[1] if len(sys.argv) > 1 else '60'
+    (FOLDER / 'corpus').mkdir()
+    for number, seed in enumerate(SEEDS):
+        (FOLDER / f'corpus/{number}').write_bytes(seed)
+    sys.addaudithook(forbidden)
+    atheris.Setup([sys.argv[0], f'-max_total_time={seconds}', '-rss_limit_mb=4096', '-timeout=20', '-print_final_stats=1',
+                   '-max_len=4000', str(FOLDER / 'corpus')], test_one_input)
+    atheris.Fuzz()
