@@ -13,7 +13,7 @@ demo: .venv/ready
 	$(BIN)/python tests/demo.py
 
 test: .venv/ready-for-tests
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope tests
 
 # torch must be there before mmcv, since mmcv's operators are compiled against it, on all CPUs and without debug
 # symbols: they double the time

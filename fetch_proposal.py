@@ -343,13 +343,15 @@ def detect_on_all(shards: dict[Path, list[tuple]], root: Path, options: list[Opt
     pools = {option: ProcessPoolExecutor(1, get_context('spawn')) for option in options}
     try:
         while todo or running:
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the processes: Ctrl-C is for this one alone
+            for number in signal.SIGINT, signal.SIGTERM:
+                signal.signal(number, signal.SIG_IGN)  # the processes inherit it: interruptions are for this one alone
             for option in [option for option in pools if option not in running.values()]:
                 if todo:
                     path = todo.pop(0)
                     future = pools[option].submit(detect_shard, path, root, shards[path], option)
                     future.path, running[future] = path, option
-            signal.signal(signal.SIGINT, handler)
+            for number in signal.SIGINT, signal.SIGTERM:
+                signal.signal(number, signal.default_int_handler)
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -535,13 +537,14 @@ def write_report(path: Path, header: list[str], rows: list[tuple]) -> None:
 
 def detect(frames: dict[str, tuple[str, int]], folder: Path, options: Options, args: argparse.Namespace
            ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Proposals and reasons for unreadable frames, shard by shard; shards that are in `folder` already are taken as they are."""
+    """Proposals and reasons for unreadable frames, shard by shard; shards that `folder` holds are taken as they are."""
     import torch
     visible = torch.cuda.device_count()
     if args.num_gpus > visible > 0:
         print(f'only {visible} of {args.num_gpus} GPUs are visible', file=sys.stderr)
     gpus = min(args.num_gpus, visible) if args.num_gpus >= 0 else visible
-    local = [own_device(options._replace(device=device)) for device in [f'cuda:{number}' for number in range(gpus)] or ['cpu']]
+    devices = [f'cuda:{number}' for number in range(gpus)] or ['cpu']
+    local = [own_device(options._replace(device=device)) for device in devices]
     load_detector(local[0])  # a checkpoint that does not fit ends the run here
     folder.mkdir(parents=True, exist_ok=True)
     items = [(key, *frame) for key, frame in frames.items()]

@@ -5,6 +5,7 @@
 The first is an AVA-Kinetics csv, the second Kinetics-700's (label,youtube_id,time_start,time_end,split). Every clip that
 Step 3 plans is made of empty files, as if all videos had been there, so that what is left out is left out by the planning.
 """
+
 import csv
 import os
 import shutil
@@ -21,8 +22,14 @@ import cut_kinetics  # noqa: E402
 def write_list(kinetics: Path, path: Path) -> None:
     """Kinetics-700's csv as the list of videos that Step 1 makes."""
     with open(kinetics) as file:
-        path.write_text(''.join('{}/{}_{:06d}_{:06d}.mp4\n'.format(
-            row['label'], row['youtube_id'], int(row['time_start']), int(row['time_end'])) for row in csv.DictReader(file)))
+        path.write_text(
+            ''.join(
+                '{}/{}_{:06d}_{:06d}.mp4\n'.format(
+                    row['label'], row['youtube_id'], int(row['time_start']), int(row['time_end'])
+                )
+                for row in csv.DictReader(file)
+            )
+        )
 
 
 def make_clips(annotations: Path, listing: Path, root: Path) -> None:
@@ -63,8 +70,17 @@ def main() -> None:
     make_clips(annotations, listing, root)
     for script, *options in ('cut_kinetics.py', f'--kinetics_list={listing}'), ('prepare_annotation.py',):
         print(f'\n$ {script}', flush=True)
-        subprocess.run([sys.executable, REPO / script, f'--avakinetics_anotation={folder}', f'--avakinetics_root={root}',
-                        '--split=val', *options], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                REPO / script,
+                f'--avakinetics_anotation={folder}',
+                f'--avakinetics_root={root}',
+                '--split=val',
+                *options,
+            ],
+            check=True,
+        )
     seconds, unpeopled = {}, set()
     for line in open(annotations):
         video, timestamp, *rest = line.strip().split(',')
@@ -75,10 +91,13 @@ def main() -> None:
     with open(root / 'kinetics_val.csv', newline='') as file:
         used = {(row[0][:11], row[1]) for row in csv.reader(file)}
     cut, prepared = (report_keys(root / f'reports/{step}_val.csv') for step in ('cut_kinetics', 'prepare_annotation'))
-    states = Counter('in the csv' * (second in used) + 'in the report of Step 3' * (second in cut)
-                     + ' and of Step 5' * (second in prepared) for second in seconds.values())
-    print(f'\n{len(seconds.keys() | unpeopled)} keyframes: {len(unpeopled - seconds.keys())} without people, {len(seconds)} with people '
-          f'(in {len(set(seconds.values()))} different seconds): {dict(states)}')
+    states = Counter(
+        'in the csv' * (second in used) + 'in the report of Step 3' * (second in cut) + ' and of Step 5' * (second in prepared)
+        for second in seconds.values()
+    )
+    keyframes, alone = len(seconds.keys() | unpeopled), len(unpeopled - seconds.keys())
+    print(f'\n{keyframes} keyframes: {alone} without people, {len(seconds)} with people (in {len(set(seconds.values()))} '
+          f'different seconds): {dict(states)}')
     shutil.rmtree(folder)
 
 

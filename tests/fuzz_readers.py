@@ -3,6 +3,7 @@
 Not part of the tests: pip install atheris. Every reader is given bytes that atheris makes up from good examples; a reader
 may refuse them by what it documents, anything else is a find and ends the run with the input in the working directory.
 """
+
 import contextlib
 import os
 import pickle
@@ -13,7 +14,9 @@ from pathlib import Path
 import atheris
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-with atheris.instrument_imports(include=['cut_kinetics', 'prepare_annotation', 'fetch_proposal', 'merge_annotations', 'softlink_ava']):
+with atheris.instrument_imports(
+    include=['cut_kinetics', 'prepare_annotation', 'fetch_proposal', 'merge_annotations', 'softlink_ava']
+):
     import cut_kinetics
     import fetch_proposal
     import merge_annotations
@@ -27,9 +30,14 @@ FOLDER = Path(tempfile.mkdtemp())
 FILE = FOLDER / 'input'
 LINE = b'aaaaaaaaaaa,5.005,0.1,0.2,0.5,0.9,12\n'
 PROPOSALS = {'aaaaaaaaaaa,0005': np.ones((1, 5)), '-5KQ66BBWC4,0902': np.ones((2, 5))}
-SEEDS = [b'\0' + LINE + b'bbbbbbbbbbb,7\n\xef\xbb\xbf"aaaaaaaaaaa","5"\r\n', b'\1a b/aaaaaaaaaaa_000000_000010.mp4 3\nx\n',
-         b'\2aaaaaaaaaaa_000003_000007,5,0.1,0.2,0.5,0.9,12,-1\n', b'\3' + sample_world.fair_pickle(PROPOSALS),
-         *(b'\3' + pickle.dumps(PROPOSALS, protocol) for protocol in range(6)), b'\4[{"aaaaaaaaaaa,0005": [[0.1, 0.2, 0.5, 0.9, 0.8]]}, {"a": "b"}]']
+SEEDS = [
+    b'\0' + LINE + b'bbbbbbbbbbb,7\n\xef\xbb\xbf"aaaaaaaaaaa","5"\r\n',
+    b'\1a b/aaaaaaaaaaa_000000_000010.mp4 3\nx\n',
+    b'\2aaaaaaaaaaa_000003_000007,5,0.1,0.2,0.5,0.9,12,-1\n',
+    b'\3' + sample_world.fair_pickle(PROPOSALS),
+    *(b'\3' + pickle.dumps(PROPOSALS, protocol) for protocol in range(6)),
+    b'\4[{"aaaaaaaaaaa,0005": [[0.1, 0.2, 0.5, 0.9, 0.8]]}, {"a": "b"}]',
+]
 
 
 def read_annotations(data: bytes) -> None:
@@ -38,7 +46,7 @@ def read_annotations(data: bytes) -> None:
     rows = list(prepare_annotation.read_annotations(FILE))
     assert len(problems) == sum(isinstance(row, str) for row in rows) and unpeopled >= 0
     assert all(len(video) == 11 and '/' not in video and '.' not in video for video in keyframes)
-    assert all(0 <= second < 10 ** 6 for seconds in keyframes.values() for second in seconds)
+    assert all(0 <= second < 10**6 for seconds in keyframes.values() for second in seconds)
 
 
 def read_list(data: bytes) -> None:
@@ -101,6 +109,16 @@ if __name__ == '__main__':
     for number, seed in enumerate(SEEDS):
         (FOLDER / f'corpus/{number}').write_bytes(seed)
     sys.addaudithook(forbidden)
-    atheris.Setup([sys.argv[0], f'-max_total_time={seconds}', '-rss_limit_mb=4096', '-timeout=20', '-print_final_stats=1',
-                   '-max_len=4000', str(FOLDER / 'corpus')], test_one_input)
+    atheris.Setup(
+        [
+            sys.argv[0],
+            f'-max_total_time={seconds}',
+            '-rss_limit_mb=4096',
+            '-timeout=20',
+            '-print_final_stats=1',
+            '-max_len=4000',
+            str(FOLDER / 'corpus'),
+        ],
+        test_one_input,
+    )
     atheris.Fuzz()

@@ -1,4 +1,5 @@
 """The same work on a Dask cluster: same bytes, through workers that die and schedulers that go away."""
+
 import contextlib
 import json
 import os
@@ -16,8 +17,13 @@ VIDEOS = 12
 
 
 def dask(*arguments, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, '-m', 'dask', *map(str, arguments), '--no-dashboard'], start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+    return subprocess.Popen(
+        [sys.executable, '-m', 'dask', *map(str, arguments), '--no-dashboard'],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        **options,
+    )
 
 
 @contextlib.contextmanager
@@ -63,9 +69,11 @@ def job(tmp_path_factory):
 
 
 def steps(folder, root, *options):
-    return [('cut_kinetics.py', '--avakinetics_anotation=.', '--kinetics_list=list.txt', f'--avakinetics_root={root}', *options),
-            ('extract_rgb_frames.py', f'--avakinetics_root={root}', *options),
-            ('prepare_annotation.py', '--avakinetics_anotation=.', f'--avakinetics_root={root}', *options)]
+    return [
+        ('cut_kinetics.py', '--avakinetics_anotation=.', '--kinetics_list=list.txt', f'--avakinetics_root={root}', *options),
+        ('extract_rgb_frames.py', f'--avakinetics_root={root}', *options),
+        ('prepare_annotation.py', '--avakinetics_anotation=.', f'--avakinetics_root={root}', *options),
+    ]
 
 
 def test_the_steps_give_the_same_bytes_from_relative_paths(job, shared):
@@ -78,17 +86,31 @@ def test_the_steps_give_the_same_bytes_from_relative_paths(job, shared):
 def test_archives_on_a_cluster(job, shared, tmp_path):
     subprocess.run(['tar', 'cf', tmp_path / '1.tar', 'a b'], cwd=job, check=True)
     for root, options in ('here', ()), ('there', (shared,)):
-        run('cut_kinetics.py', f'--avakinetics_anotation={job}', f'--avakinetics_root={root}', '--kinetics_archives',
-            '1.tar', *options, cwd=tmp_path)
+        run(
+            'cut_kinetics.py',
+            f'--avakinetics_anotation={job}',
+            f'--avakinetics_root={root}',
+            '--kinetics_archives',
+            '1.tar',
+            *options,
+            cwd=tmp_path,
+        )
     assert snapshot(tmp_path / 'here') == snapshot(tmp_path / 'there')
     assert snapshot(tmp_path / 'here/videos') == snapshot(job / 'root/videos')
 
 
 def fetch_in_small_shards(root, *options) -> None:
     """Step 6 with shards of four frames, in a process of its own."""
-    program = f'import sys; sys.path.insert(0, {str(REPO)!r}); import fetch_proposal; fetch_proposal.SHARD = 4; fetch_proposal.main()'
-    done = subprocess.run([sys.executable, '-c', program, f'--avakinetics_root={root}', *options], capture_output=True,
-                          text=True, env={**os.environ, 'PYTHONPATH': str(root.parent)}, cwd=root.parent)
+    program = (
+        f'import sys; sys.path.insert(0, {str(REPO)!r}); import fetch_proposal; fetch_proposal.SHARD = 4; fetch_proposal.main()'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program, f'--avakinetics_root={root}', *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(root.parent)},
+        cwd=root.parent,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -131,18 +153,26 @@ class NotingDetector(CascadeRCNN):
 def test_a_worker_that_dies_costs_nothing(job, tmp_path):
     with cluster(tmp_path) as (address, _):
         command = steps(job, tmp_path / 'root', f'--dask_scheduler={address}', '--overwrite')[0]
-        process = subprocess.Popen([sys.executable, str(REPO / command[0]), *command[1:]], cwd=job, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, str(REPO / command[0]), *command[1:]],
+            cwd=job,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         while not list(tmp_path.glob('root/videos/*.mp4')):
             time.sleep(0.02)
         workers = subprocess.run(['pgrep', '-f', 'spawn_main'], capture_output=True, text=True).stdout.split()
-        ours = [pid for pid in workers if open(f'/proc/{pid}/cmdline').read() and os.readlink(f'/proc/{pid}/cwd') == str(tmp_path)]
+        ours = [
+            pid for pid in workers if open(f'/proc/{pid}/cmdline').read() and os.readlink(f'/proc/{pid}/cwd') == str(tmp_path)
+        ]
         os.kill(int(ours[-1]), signal.SIGKILL)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and f'{VIDEOS - 1} of {VIDEOS} annotated keyframes' in out, err
     assert 'Traceback' not in err
-    assert snapshot(tmp_path / 'root') == {name: value for name, value in snapshot(job / 'root').items()
-                                           if name.startswith('videos') or 'cut' in name}
+    assert snapshot(tmp_path / 'root') == {
+        name: value for name, value in snapshot(job / 'root').items() if name.startswith('videos') or 'cut' in name
+    }
 
 
 def test_a_task_that_kills_every_worker_ends_the_run_with_a_line(job, tmp_path):
@@ -157,8 +187,13 @@ def test_a_task_that_kills_every_worker_ends_the_run_with_a_line(job, tmp_path):
 def test_a_scheduler_that_goes_away_ends_the_run_with_a_line(job, tmp_path):
     with cluster(tmp_path) as (address, scheduler):
         command = steps(job, tmp_path / 'root', f'--dask_scheduler={address}')[0]
-        process = subprocess.Popen([sys.executable, str(REPO / command[0]), *command[1:]], cwd=job, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, str(REPO / command[0]), *command[1:]],
+            cwd=job,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         while not list(tmp_path.glob('root/videos/*.mp4')):
             time.sleep(0.02)
         os.killpg(scheduler.pid, signal.SIGKILL)
@@ -174,8 +209,14 @@ def test_cluster_errors_say_what_to_do(job, tmp_path):
         assert 'no Dask scheduler with workers' in errors(run(*command, cwd=job, code=1))
     command = steps(job, 'root', '--dask_scheduler=tcp://127.0.0.1:1')[0]
     assert 'no Dask scheduler with workers' in errors(run(*command, cwd=job, code=1))
-    program = ('import sys; sys.modules["distributed"] = None; sys.path.insert(0, sys.argv.pop(1)); import prepare_annotation; '
-               'prepare_annotation.main()')
-    done = subprocess.run([sys.executable, '-c', program, str(REPO), *steps(job, 'root', '--dask_scheduler=tcp://x:1')[2][1:]],
-                          cwd=job, capture_output=True, text=True)
+    program = (
+        'import sys; sys.modules["distributed"] = None; sys.path.insert(0, sys.argv.pop(1)); import prepare_annotation; '
+        'prepare_annotation.main()'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program, str(REPO), *steps(job, 'root', '--dask_scheduler=tcp://x:1')[2][1:]],
+        cwd=job,
+        capture_output=True,
+        text=True,
+    )
     assert 'pip install distributed' in errors(done) and done.returncode == 1

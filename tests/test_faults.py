@@ -1,4 +1,5 @@
 """Kills, interruptions, full disks, two runs at once, read-only folders: every step ends well, and the next run mends all."""
+
 import os
 import pickle
 import random
@@ -17,14 +18,16 @@ from conftest import REPO, annotation_rows, numbered_source, snapshot
 from test_fetch import TINY, write_root
 
 VIDEOS = 8
-STEPS = {'cut': ['cut_kinetics.py', '--avakinetics_anotation={job}', '--kinetics_list={job}/list.txt'],
-         'cut archives': ['cut_kinetics.py', '--avakinetics_anotation={job}', '--kinetics_archives', '{job}/1.tar', '{job}/2.tar'],
-         'extract': ['extract_rgb_frames.py'],
-         'prepare': ['prepare_annotation.py', '--avakinetics_anotation={job}'],
-         'prepare from videos': ['prepare_annotation.py', '--avakinetics_anotation={job}'],
-         'fetch': ['fetch_proposal.py', *TINY],
-         'merge': ['merge_annotations.py'],
-         'link': ['softlink_ava.py', '--ava_root={job}/ava']}
+STEPS = {
+    'cut': ['cut_kinetics.py', '--avakinetics_anotation={job}', '--kinetics_list={job}/list.txt'],
+    'cut archives': ['cut_kinetics.py', '--avakinetics_anotation={job}', '--kinetics_archives', '{job}/1.tar', '{job}/2.tar'],
+    'extract': ['extract_rgb_frames.py'],
+    'prepare': ['prepare_annotation.py', '--avakinetics_anotation={job}'],
+    'prepare from videos': ['prepare_annotation.py', '--avakinetics_anotation={job}'],
+    'fetch': ['fetch_proposal.py', *TINY],
+    'merge': ['merge_annotations.py'],
+    'link': ['softlink_ava.py', '--ava_root={job}/ava'],
+}
 
 
 class Job:
@@ -38,7 +41,9 @@ class Job:
             if step == 'cut archives':
                 continue
             if step == 'prepare from videos':
-                shutil.copytree(root, self.before(step), ignore=lambda path, names: {'rawframes', 'kinetics_train.csv'} & set(names))
+                shutil.copytree(
+                    root, self.before(step), ignore=lambda path, names: {'rawframes', 'kinetics_train.csv'} & set(names)
+                )
             elif root.is_dir():
                 shutil.copytree(root, self.before(step), symlinks=True)
             else:
@@ -80,18 +85,21 @@ class Job:
         (folder / 'list.txt').write_text(lines + f'{VIDEOS:011d}_000000_000010.mp4\n')
         (folder / 'kinetics_train_v1.0.csv').write_text(rows + annotation_rows(f'{VIDEOS:011d}', 5))
         for number in 1, 2:
-            paths = sorted((folder / 'a b (c)').iterdir())[number - 1::2]
-            subprocess.run(['tar', 'cf', folder / f'{number}.tar', *[path.relative_to(folder) for path in paths]], cwd=folder,
-                           check=True)
+            paths = sorted((folder / 'a b (c)').iterdir())[number - 1 :: 2]
+            subprocess.run(
+                ['tar', 'cf', folder / f'{number}.tar', *[path.relative_to(folder) for path in paths]], cwd=folder, check=True
+            )
         (folder / 'ava/annotations').mkdir(parents=True)
         for video in '-5KQ66BBWC4', 'AVA_mov-1_x':
             (folder / 'ava/rawframes' / video).mkdir(parents=True)
             (folder / 'ava/rawframes' / video / 'img_00061.jpg').touch()
         notes = folder / 'ava/annotations'
-        (notes / 'ava_train_v2.2.csv').write_text(''.join(
-            f'{video},0902,0.1,0.2,0.3,0.4,12,0\n' for video in ('-5KQ66BBWC4', 'AVA_mov-1_x')))
-        (notes / 'ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(sample_world.fair_pickle(
-            {f'{video},0902': np.ones((1, 5)) for video in ('-5KQ66BBWC4', 'AVA_mov-1_x')}))
+        (notes / 'ava_train_v2.2.csv').write_text(
+            ''.join(f'{video},0902,0.1,0.2,0.3,0.4,12,0\n' for video in ('-5KQ66BBWC4', 'AVA_mov-1_x'))
+        )
+        (notes / 'ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(
+            sample_world.fair_pickle({f'{video},0902': np.ones((1, 5)) for video in ('-5KQ66BBWC4', 'AVA_mov-1_x')})
+        )
 
 
 @pytest.fixture(scope='module')
@@ -103,8 +111,11 @@ def assert_undisturbed(job, step, root):
     """The tree is byte for byte that of an undisturbed run, and nothing unfinished is left anywhere."""
     assert snapshot(root) == snapshot(job.after(step))
     assert sorted(path.relative_to(root) for path in root.rglob('*')) == sorted(
-        path.relative_to(job.after(step)) for path in job.after(step).rglob('*'))
-    unfinished = [path for path in root.rglob('*') if path.name.startswith('.') or path.suffix == '.part' or '.shards' in path.name]
+        path.relative_to(job.after(step)) for path in job.after(step).rglob('*')
+    )
+    unfinished = [
+        path for path in root.rglob('*') if path.name.startswith('.') or path.suffix == '.part' or '.shards' in path.name
+    ]
     assert unfinished == [] or step == 'cut archives' and all('staged' in str(path) for path in unfinished)
 
 
@@ -115,14 +126,16 @@ def said(text: str) -> list[str]:
 
 @pytest.mark.parametrize('step', STEPS)
 def test_killed_at_random_moments(job, step, tmp_path):
-    """Three kills of the whole process group, each on what the one before left, then one complete run; twice, but for Step 6."""
+    """Three kills of the whole process group, each on what the one before left, then one complete run; ROUNDS times, twice if
+    it is not set, but once Step 6."""
     chance, seconds = random.Random(step), job.seconds[step]
-    for round in range(1 if step == 'fetch' else 2):
+    for round in range(int(os.environ.get('ROUNDS', 1 if step == 'fetch' else 2))):
         root = tmp_path / f'root{round}'
         shutil.copytree(job.before(step), root, symlinks=True)
         for _ in range(3):
-            process = subprocess.Popen(job.command(step, root), start_new_session=True, stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                job.command(step, root), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             time.sleep(chance.uniform(0.4, 1.05) * seconds)
             try:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -142,8 +155,9 @@ def test_interrupted(job, step, number, tmp_path):
     root = tmp_path / 'root'
     shutil.copytree(job.before(step), root, symlinks=True)
     while len(codes) < 3 or 130 not in codes and len(codes) < 20:
-        process = subprocess.Popen(job.command(step, root), start_new_session=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            job.command(step, root), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         time.sleep(chance.uniform(0.15, 0.9) * seconds)
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         out, err = process.communicate(timeout=60)
@@ -164,8 +178,9 @@ def test_two_runs_at_once(job, step, tmp_path):
     """Both end well, or the second says that one is under way."""
     root = tmp_path / 'root'
     shutil.copytree(job.before(step), root, symlinks=True)
-    runs = [subprocess.Popen(job.command(step, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for _ in range(2)]
+    runs = [
+        subprocess.Popen(job.command(step, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     ends = [(process.communicate()[1], process.returncode) for process in runs]
     assert 0 in [code for _, code in ends]
     for err, code in ends:
@@ -175,11 +190,18 @@ def test_two_runs_at_once(job, step, tmp_path):
 
 def in_mounted(script: str, **variables) -> subprocess.CompletedProcess:
     """Run a shell script that may mount file systems, which nobody else sees and which go with it."""
-    probe = subprocess.run(['unshare', '--mount', '--map-root-user', 'mount', '-t', 'tmpfs', 'none', '/mnt'], capture_output=True)
+    probe = subprocess.run(
+        ['unshare', '--mount', '--map-root-user', 'mount', '-t', 'tmpfs', 'none', '/mnt'], capture_output=True
+    )
     if probe.returncode:
         pytest.skip('this machine lets nobody mount a file system')
-    return subprocess.run(['unshare', '--mount', '--map-root-user', 'bash', '-c', script], capture_output=True, text=True,
-                          env={**os.environ, **{name: str(value) for name, value in variables.items()}}, timeout=300)
+    return subprocess.run(
+        ['unshare', '--mount', '--map-root-user', 'bash', '-c', script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+        timeout=300,
+    )
 
 
 FREE_KB = {'cut': 60, 'cut archives': 60, 'extract': 1500, 'fetch': 4}  # less than the step writes; for the others nothing
@@ -189,16 +211,25 @@ FREE_KB = {'cut': 60, 'cut archives': 60, 'extract': 1500, 'fetch': 4}  # less t
 def test_disk_full(job, step, tmp_path):
     """A small tmpfs: one line that says so, nothing half-written, and the same command continues once there is space."""
     command = ' '.join(f"'{part}'" for part in job.command(step, '/mnt/root'))
-    done = in_mounted('''
+    done = in_mounted(
+        '''
 mount -t tmpfs -o size=60m none /mnt && cp -a "$BEFORE" /mnt/root
 dd if=/dev/zero of=/mnt/filler bs=1k status=none 2>/dev/null
 truncate -s -"$FREE"k /mnt/filler
-''' + command + ''' >"$OUT/first.out" 2>"$OUT/first.err"; echo $? >"$OUT/first.code"
+'''
+        + command
+        + ''' >"$OUT/first.out" 2>"$OUT/first.err"; echo $? >"$OUT/first.code"
 cp -a /mnt/root "$OUT/full"
 rm /mnt/filler
-''' + command + ''' >"$OUT/second.out" 2>"$OUT/second.err"; echo $? >"$OUT/second.code"
+'''
+        + command
+        + ''' >"$OUT/second.out" 2>"$OUT/second.err"; echo $? >"$OUT/second.code"
 cp -a /mnt/root "$OUT/root"
-''', BEFORE=job.before(step), OUT=tmp_path, FREE=FREE_KB.get(step, 0))
+''',
+        BEFORE=job.before(step),
+        OUT=tmp_path,
+        FREE=FREE_KB.get(step, 0),
+    )
     assert done.returncode == 0, done.stderr
     first, code = said((tmp_path / 'first.err').read_text()), (tmp_path / 'first.code').read_text().strip()
     assert code == '1' and len(first) == 1 and 'No space left on device' in first[0], (code, first)
@@ -213,9 +244,13 @@ cp -a /mnt/root "$OUT/root"
 @pytest.mark.parametrize('step', STEPS)
 def test_read_only_disk(job, step, tmp_path):
     command = ' '.join(f"'{part}'" for part in job.command(step, '/mnt/root'))
-    done = in_mounted('''
+    done = in_mounted(
+        '''
 mount -t tmpfs -o size=60m none /mnt && cp -a "$BEFORE" /mnt/root && mount -o remount,ro /mnt
-exec ''' + command, BEFORE=job.before(step))
+exec '''
+        + command,
+        BEFORE=job.before(step),
+    )
     assert done.returncode == 1 and len(said(done.stderr)) == 1 and 'Read-only file system' in done.stderr, done.stderr
 
 
@@ -238,9 +273,11 @@ def test_a_disk_without_symbolic_links(job, tmp_path):
     root = tmp_path / 'root'
     shutil.copytree(job.before('link'), root, symlinks=True)
     script, *arguments = job.command('link', root)[1:]
-    program = ('import os, runpy, sys\n'
-               'def symlink(*_, **__): raise PermissionError(1, "Operation not permitted")\n'
-               'os.symlink = symlink\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name="__main__")')
+    program = (
+        'import os, runpy, sys\n'
+        'def symlink(*_, **__): raise PermissionError(1, "Operation not permitted")\n'
+        'os.symlink = symlink\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name="__main__")'
+    )
     done = subprocess.run([sys.executable, '-c', program, script, *arguments], capture_output=True, text=True)
     assert done.returncode == 1 and len(said(done.stderr)) == 1 and 'no link can be made' in done.stderr, done.stderr
     assert snapshot(root) == snapshot(job.before('link'))
@@ -252,10 +289,14 @@ def test_a_worker_process_that_is_killed_ends_the_run_with_a_line(job, tmp_path)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not list(root.glob('videos/*.mp4')):
         time.sleep(0.01)
-    workers = subprocess.run(['pgrep', '-s', str(process.pid), '-f', 'LokyProcess'], capture_output=True, text=True).stdout.split()
+    workers = subprocess.run(
+        ['pgrep', '-s', str(process.pid), '-f', 'LokyProcess'], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(workers[0]), signal.SIGKILL)
     err = process.communicate()[1]
-    assert process.returncode == 1 and said(err)[-1].startswith('error: a worker process was killed') and len(said(err)) == 1, err
+    assert process.returncode == 1 and said(err)[-1].startswith('error: a worker process was killed') and len(said(err)) == 1, (
+        err
+    )
     subprocess.run(command, check=True, capture_output=True)
     assert_undisturbed(job, 'cut', root)
 

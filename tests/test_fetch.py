@@ -68,6 +68,14 @@ def fetched(tmp_path_factory):
     return root, fetch(root, f'--preview={root}/preview.jpg')
 
 
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """Eight clips, 24 frames, for what needs several runs."""
+    root = write_root(tmp_path_factory.mktemp('small'), range(8))
+    fetch(root)
+    return root
+
+
 def test_keys_are_the_keyframes_and_their_neighbours(fetched):
     root, done = fetched
     proposals = load(root / 'kinetics_proposal.pkl')
@@ -124,28 +132,28 @@ def test_preview_shows_annotations_and_proposals(fetched):
     assert green > 1000 and orange > 1000
 
 
-def test_second_run_changes_nothing_and_another_detector_does_not_mix(fetched, tmp_path):
+def test_second_run_changes_nothing_and_another_detector_does_not_mix(small, tmp_path):
     root = tmp_path / 'root'
-    shutil.copytree(fetched[0], root)
+    shutil.copytree(small, root)
     before = snapshot(root)
     assert 'nothing to do' in fetch(root).stdout
     assert snapshot(root) == before
     (root / 'kinetics_proposal.pkl.inputs.json').write_text('{"torn')
-    assert '210 of 210 frames' in fetch(root).stdout and snapshot(root) == before
+    assert '24 of 24 frames' in fetch(root).stdout and snapshot(root) == before
     (root / 'kinetics_proposal.pkl').write_bytes(b'of another program')
-    assert '210 of 210 frames' in fetch(root).stdout and snapshot(root) == before
+    assert '24 of 24 frames' in fetch(root).stdout and snapshot(root) == before
     other = torch.load(f'{REPO}/tests/tiny_detector.pth', weights_only=True)
     other['state_dict'] = {'module.' + name: value * (0 if 'fc_cls' in name else 1)  # saved by data parallel training
                            for name, value in other['state_dict'].items()}
     torch.save(other, tmp_path / 'blind.pth')
     done = run('fetch_proposal.py', f'--avakinetics_root={root}', TINY[0], f'--checkpoint={tmp_path}/blind.pth')
-    assert '0 people on 0 of 210 frames' in done.stdout and '70 of 70 annotated keyframes' in done.stdout
+    assert '0 people on 0 of 24 frames' in done.stdout and '8 of 8 annotated keyframes' in done.stdout
     assert load(root / 'kinetics_proposal.pkl') == {}
 
 
-def test_unreadable_frames_cost_themselves_only(fetched, tmp_path):
+def test_unreadable_frames_cost_themselves_only(small, tmp_path):
     root = tmp_path / 'root'
-    shutil.copytree(fetched[0], root)
+    shutil.copytree(small, root)
     frames = root / 'rawframes'
     (frames / 'scene-00000_000010_000014/img_00061.jpg').unlink()
     whole = (frames / 'scene-00001_000010_000014/img_00061.jpg').read_bytes()
@@ -160,8 +168,8 @@ def test_unreadable_frames_cost_themselves_only(fetched, tmp_path):
         ['scene-00001', '0012', 'unreadable frame: truncated or no JPEG scene-00001_000010_000014/img_00061.jpg'],
         ['scene-00002', '0012', 'unreadable frame: broken JPEG scene-00002_000010_000014/img_00061.jpg'],
         *(['', '', f'malformed row: line {lines + extra} of kinetics_train.csv'] for extra in (1, 2))]
-    assert '207 of 210 frames' in done.stdout
-    expected = load(fetched[0] / 'kinetics_proposal.pkl')
+    assert '21 of 24 frames' in done.stdout
+    expected = load(small / 'kinetics_proposal.pkl')
     for key, boxes in load(root / 'kinetics_proposal.pkl').items():
         assert_same_people(boxes, expected[key])
     before = snapshot(root)
@@ -169,7 +177,7 @@ def test_unreadable_frames_cost_themselves_only(fetched, tmp_path):
     assert snapshot(root) == before
     for scene in range(3):
         name = f'rawframes/scene-{scene:05d}_000010_000014/img_00061.jpg'
-        shutil.copy(fetched[0] / name, root / name)
+        shutil.copy(small / name, root / name)
     fetch(root)
     mended = load(root / 'kinetics_proposal.pkl')
     assert mended.keys() == expected.keys()
@@ -258,23 +266,25 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
 
 
 def test_killed_and_run_again(tmp_path):
-    """600 frames are two shards: killed in the second, the first is not computed again."""
-    root = write_root(tmp_path, range(200))
-    command = [sys.executable, str(REPO / 'fetch_proposal.py'), f'--avakinetics_root={root}', *TINY]
+    """36 frames in shards of 12: killed in the second, the first is not computed again."""
+    root = write_root(tmp_path, range(12))
+    program = (f'import sys; sys.path.insert(0, {str(REPO)!r}); import fetch_proposal; fetch_proposal.SHARD = 12; '
+               'fetch_proposal.main()')
+    command = [sys.executable, '-c', program, f'--avakinetics_root={root}', *TINY]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(root.glob('*.shards/00000000.json')):
-        time.sleep(0.02)
+        time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     first = next(root.glob('*.shards/00000000.json'))
     kept, problems = json.loads(first.read_text())
-    assert len(kept) == 512 and not problems and not (root / 'kinetics_proposal.pkl').exists()
+    assert len(kept) == 12 and not problems and not (root / 'kinetics_proposal.pkl').exists()
     for person in kept[min(kept)]:
         person[4] = 0.875  # a mark that only a shard which was kept can leave
     first.write_text(json.dumps([kept, {}]))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     proposals = load(root / 'kinetics_proposal.pkl')
-    assert '600 of 600 frames' in done.stdout and (proposals[min(kept)][:, 4] == 0.875).all()
+    assert '36 of 36 frames' in done.stdout and (proposals[min(kept)][:, 4] == 0.875).all()
     assert not list(root.glob('*.shards'))
 
 

@@ -3,6 +3,7 @@
 The cases stand in tables, a name each; all cases of a table go through one run together with good items, and every case is
 then looked up on its own.
 """
+
 import io
 import os
 import pickle
@@ -22,8 +23,7 @@ import torch
 import draw
 import fetch_proposal
 import sample_world
-from conftest import (REPO, annotation_rows, empty_frames, errors, numbered_source, read_csv, refused, run,
-                      snapshot)
+from conftest import REPO, annotation_rows, empty_frames, errors, numbered_source, read_csv, refused, run, snapshot
 from test_fetch import TINY, load, write_root
 
 LINE = 'aaaaaaaaaaa,5,0.1,0.2,0.5,0.9,12'
@@ -44,9 +44,9 @@ def huge_png_video() -> bytes:
     data = ffmpeg('-f', 'lavfi', '-i', 'color=s=64x64:d=10:r=1', '-c:v', 'png', '-f', 'matroska')
     header = b'IHDR' + struct.pack('>II', 64, 64)
     start = data.index(header)
-    claimed = b'IHDR' + struct.pack('>II', 60000, 60000) + data[start + 12:start + 17]
+    claimed = b'IHDR' + struct.pack('>II', 60000, 60000) + data[start + 12 : start + 17]
     checked = claimed + struct.pack('>I', zlib.crc32(claimed))
-    return data.replace(data[start:start + 21], checked)
+    return data.replace(data[start : start + 21], checked)
 
 
 @pytest.fixture(scope='module')
@@ -59,8 +59,10 @@ def whole(tmp_path_factory) -> bytes:
 
 def faststart(data: bytes, folder: Path) -> bytes:
     (folder / 'x.mp4').write_bytes(data)
-    subprocess.run([draw.FFMPEG, '-v', 'error', '-y', '-i', folder / 'x.mp4', '-c', 'copy', '-movflags', '+faststart',
-                    folder / 'y.mp4'], check=True)
+    subprocess.run(
+        [draw.FFMPEG, '-v', 'error', '-y', '-i', folder / 'x.mp4', '-c', 'copy', '-movflags', '+faststart', folder / 'y.mp4'],
+        check=True,
+    )
     return (folder / 'y.mp4').read_bytes()
 
 
@@ -80,32 +82,69 @@ VIDEOS = {  # name -> (content made of a good source and a folder, how the reaso
     'text': (lambda data, _: b'this is no video\n' * 1000, UNREADABLE),
     'web page': (lambda data, _: b'<!DOCTYPE html><html><body>Video unavailable</body></html>', UNREADABLE),
     'random': (lambda data, _: np.random.default_rng(0).bytes(100_000), UNREADABLE),
-    **{f'truncated at {share} %': (lambda data, _, share=share: data[:len(data) * share // 100], UNREADABLE)
-       for share in (1, 10, 50, 90, 99)},
-    **{f'index first, truncated at {share} %': (
-        lambda data, folder, share=share: faststart(data, folder)[:len(data) * share // 100], reason)
-       for share, reason in ((3, UNREADABLE), (30, SHORT), (60, SHORT), (98, None))},
+    **{
+        f'truncated at {share} %': (lambda data, _, share=share: data[: len(data) * share // 100], UNREADABLE)
+        for share in (1, 10, 50, 90, 99)
+    },
+    **{
+        f'index first, truncated at {share} %': (
+            lambda data, folder, share=share: faststart(data, folder)[: len(data) * share // 100],
+            reason,
+        )
+        for share, reason in ((3, UNREADABLE), (30, SHORT), (60, SHORT), (98, None))
+    },
     'bytes changed': (lambda data, _: shuffled(data), None),
     'picture': (lambda data, _: cv2.imencode('.jpg', np.zeros((90, 120, 3), np.uint8))[1].tobytes(), UNREADABLE),
     'sound only': (lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'sine=d=10', '-f', 'matroska'), UNREADABLE),
-    'no frames': (lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'color=s=64x64:d=1', '-c:v', 'libx264', '-frames:v', '0',
-                                         '-f', 'matroska'), UNREADABLE),
-    'one frame': (lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'color=s=64x64:d=1', '-c:v', 'libx264', '-frames:v', '1',
-                                         '-f', 'matroska'), SHORT),
+    'no frames': (
+        lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'color=s=64x64:d=1', '-c:v', 'libx264', '-frames:v', '0', '-f', 'matroska'),
+        UNREADABLE,
+    ),
+    'one frame': (
+        lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'color=s=64x64:d=1', '-c:v', 'libx264', '-frames:v', '1', '-f', 'matroska'),
+        SHORT,
+    ),
     'huge pictures claimed': (lambda data, _: huge_png_video(), UNREADABLE),
-    'playlist of another file': (lambda data, folder: f"ffconcat version 1.0\nfile '{folder}/secret.mp4'\n".encode(), UNREADABLE),
+    'playlist of another file': (
+        lambda data, folder: f"ffconcat version 1.0\nfile '{folder}/secret.mp4'\n".encode(),
+        UNREADABLE,
+    ),
     'playlist of itself': (lambda data, _: b'ffconcat version 1.0\nfile vids-00020_000000_000010.mp4\n', UNREADABLE),
     'web playlist': (lambda data, folder: b'#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n', UNREADABLE),
     'subtitles': (lambda data, _: b'1\n00:00:00,000 --> 00:00:10,000\nhello\n', UNREADABLE),
-    'Matroska named mp4': (lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'testsrc=s=64x64:d=10', '-c:v', 'libx264',
-                                                  '-f', 'matroska'), None),
-    'one pixel high': (lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'testsrc=s=64x2:d=10', '-vf', 'crop=64:1:0:0', '-c:v', 'ffv1',
-                                              '-f', 'matroska'), UNREADABLE),
-    'starts after an hour': (lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'testsrc=s=64x64:d=10', '-c:v', 'libx264',
-                                                    '-output_ts_offset', '3600', '-f', 'matroska'), None),
-    'time runs a thousand times too fast': (lambda data, _: ffmpeg(
-        '-f', 'lavfi', '-i', 'testsrc=s=64x64:d=10', '-vf', 'setpts=PTS*1000', '-fps_mode', 'passthrough', '-c:v', 'libx264',
-        '-f', 'matroska'), None),
+    'Matroska named mp4': (
+        lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'testsrc=s=64x64:d=10', '-c:v', 'libx264', '-f', 'matroska'),
+        None,
+    ),
+    'one pixel high': (
+        lambda data, _: ffmpeg(
+            '-f', 'lavfi', '-i', 'testsrc=s=64x2:d=10', '-vf', 'crop=64:1:0:0', '-c:v', 'ffv1', '-f', 'matroska'
+        ),
+        UNREADABLE,
+    ),
+    'starts after an hour': (
+        lambda data, _: ffmpeg(
+            '-f', 'lavfi', '-i', 'testsrc=s=64x64:d=10', '-c:v', 'libx264', '-output_ts_offset', '3600', '-f', 'matroska'
+        ),
+        None,
+    ),
+    'time runs a thousand times too fast': (
+        lambda data, _: ffmpeg(
+            '-f',
+            'lavfi',
+            '-i',
+            'testsrc=s=64x64:d=10',
+            '-vf',
+            'setpts=PTS*1000',
+            '-fps_mode',
+            'passthrough',
+            '-c:v',
+            'libx264',
+            '-f',
+            'matroska',
+        ),
+        None,
+    ),
 }
 
 
@@ -124,16 +163,26 @@ def cut_videos(whole, tmp_path_factory):
     (folder / 'kinetics_train_v1.0.csv').write_text(''.join(annotation_rows(f'vids-{i:05d}x', 8) for i in range(len(names))))
     (folder / 'kinetics700/list.txt').write_text(''.join(f'x/vids-{i:05d}x_000000_000010.mp4 7\n' for i in range(len(names))))
     before = snapshot(folder)
-    run('cut_kinetics.py', f'--avakinetics_anotation={folder}', f'--kinetics_list={folder}/kinetics700/list.txt',
-        f'--avakinetics_root={folder}/root', cwd=folder)
+    run(
+        'cut_kinetics.py',
+        f'--avakinetics_anotation={folder}',
+        f'--kinetics_list={folder}/kinetics700/list.txt',
+        f'--avakinetics_root={folder}/root',
+        cwd=folder,
+    )
     assert {name: value for name, value in snapshot(folder).items() if not name.startswith('root/')} == before
     rows = read_csv(folder / 'root/reports/cut_kinetics_train.csv')[1:]
     return folder, {names[int(row[0][5:10])]: row[2] for row in rows}
 
 
-NO_FILES = {'folder': lambda path: path.mkdir(), 'link to itself': lambda path: path.symlink_to(path),
-            'link to nothing': lambda path: path.symlink_to('/nonexistent'), 'pipe': os.mkfifo,
-            'device': lambda path: path.symlink_to('/dev/zero'), 'missing': lambda path: None}
+NO_FILES = {
+    'folder': lambda path: path.mkdir(),
+    'link to itself': lambda path: path.symlink_to(path),
+    'link to nothing': lambda path: path.symlink_to('/nonexistent'),
+    'pipe': os.mkfifo,
+    'device': lambda path: path.symlink_to('/dev/zero'),
+    'missing': lambda path: None,
+}
 
 
 @pytest.mark.parametrize('name', VIDEOS)
@@ -158,35 +207,72 @@ def test_a_video_that_ffmpeg_hangs_on(world):
     numbered_source(world / 'kinetics700/aaaaaaaaaaa_000000_000010.mp4', {})
     (world / 'kinetics700/list.txt').write_text('aaaaaaaaaaa_000000_000010.mp4\n')
     (world / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').write_text(annotation_rows('aaaaaaaaaaa', 5))
-    program = (f'import sys; sys.path.insert(0, {str(REPO)!r}); import cut_kinetics; cut_kinetics.TIME_LIMIT = -4; '
-               'cut_kinetics.main()')
-    done = subprocess.run([sys.executable, '-c', program, f'--avakinetics_anotation={world}/ava_kinetics_v1_0', '--num_workers=1',
-                           f'--kinetics_list={world}/kinetics700/list.txt', f'--avakinetics_root={world}/root',
-                           f'--ffmpeg={world}/ffmpeg'], capture_output=True, text=True, timeout=60)
+    program = (
+        f'import sys; sys.path.insert(0, {str(REPO)!r}); import cut_kinetics; cut_kinetics.TIME_LIMIT = -4; cut_kinetics.main()'
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            program,
+            f'--avakinetics_anotation={world}/ava_kinetics_v1_0',
+            '--num_workers=1',
+            f'--kinetics_list={world}/kinetics700/list.txt',
+            f'--avakinetics_root={world}/root',
+            f'--ffmpeg={world}/ffmpeg',
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert 'not one clip could be cut' in errors(done)
     assert read_csv(world / 'root/reports/cut_kinetics_train.csv')[1:] == [
-        ['aaaaaaaaaaa', '5', 'unreadable video: ffmpeg took more than 2 s']]
+        ['aaaaaaaaaaa', '5', 'unreadable video: ffmpeg took more than 2 s']
+    ]
 
 
 ANNOTATIONS = {  # name -> (line, whether it is one); None: it is no line at all
-    'good': (LINE, True), 'byte order mark': ('\ufeff' + LINE, True), 'carriage return': (LINE + '\r', True),
-    'quotes': (','.join(f'"{field}"' for field in LINE.split(',')), True), 'spaces': (LINE.replace(',', ' , '), True),
-    'no people': ('aaaaaaaaaaa,6', True), 'no line': ('', None), 'white space': (' \t ', None),
-    'NaN time': (LINE.replace(',5,', ',nan,'), False), 'infinite time': (LINE.replace(',5,', ',inf,'), False),
-    'negative time': (LINE.replace(',5,', ',-5,'), False), 'time beyond six digits': (LINE.replace(',5,', ',1000000,'), False),
-    'NaN box': (LINE.replace('0.5', 'NaN'), False), 'infinite box': (LINE.replace('0.9', '1e999'), False),
-    'negative box': (LINE.replace('0.1', '-0.1'), False), 'reversed box': (LINE.replace('0.1', '0.6'), False),
-    'empty box': (LINE.replace('0.1', '0.5'), False), 'box in pixels': (LINE.replace('0.9', '240'), False),
-    'columns missing': ('aaaaaaaaaaa,5,0.1,0.2,0.5', False), 'columns too many': (LINE + ',1', False),
-    'one column': ('aaaaaaaaaaa', False), 'empty fields': (',,,,,,', False), 'action 0': (LINE[:-2] + '0', False),
-    'action 81': (LINE[:-2] + '81', False), 'action of a half': (LINE[:-2] + '1.5', False),
-    'action not a number': (LINE[:-2] + 'run', False), 'climbing id': ('../../../../x,5,0.1,0.2,0.5,0.9,12', False),
-    'absolute id': ('/etc/passwd,5,0.1,0.2,0.5,0.9,12', False), 'id with a slash': ('aaaaa/aaaaa,5,0.1,0.2,0.5,0.9,12', False),
-    'id with a NUL': ('aaaaa\0aaaaa,5,0.1,0.2,0.5,0.9,12', False), 'short id': ('a,5,0.1,0.2,0.5,0.9,12', False),
-    'other digits': (LINE.replace('aaaaaaaaaaa', '１２３４５６７８９０１'), False), 'a million characters': ('x' * 1_000_000, False),
-    'a million columns': (',' * 1_000_000, False), 'not UTF-8': (b'\xff\xfe\xfa,5,0.1,0.2,0.5,0.9,12', False),
-    'UTF-16': (LINE.encode('utf-16'), False), 'html': ('<html>', False), 'header': ('video_id,timestamp,x1,y1,x2,y2,action', False),
-    'formula': ('=cmd|" /C calc"!A0,5,0.1,0.2,0.5,0.9,12', False), 'surrogate': (b'\xed\xa0\x80aaaaaaaa,5', False)}
+    'good': (LINE, True),
+    'byte order mark': ('\ufeff' + LINE, True),
+    'carriage return': (LINE + '\r', True),
+    'quotes': (','.join(f'"{field}"' for field in LINE.split(',')), True),
+    'spaces': (LINE.replace(',', ' , '), True),
+    'no people': ('aaaaaaaaaaa,6', True),
+    'no line': ('', None),
+    'white space': (' \t ', None),
+    'NaN time': (LINE.replace(',5,', ',nan,'), False),
+    'infinite time': (LINE.replace(',5,', ',inf,'), False),
+    'negative time': (LINE.replace(',5,', ',-5,'), False),
+    'time beyond six digits': (LINE.replace(',5,', ',1000000,'), False),
+    'NaN box': (LINE.replace('0.5', 'NaN'), False),
+    'infinite box': (LINE.replace('0.9', '1e999'), False),
+    'negative box': (LINE.replace('0.1', '-0.1'), False),
+    'reversed box': (LINE.replace('0.1', '0.6'), False),
+    'empty box': (LINE.replace('0.1', '0.5'), False),
+    'box in pixels': (LINE.replace('0.9', '240'), False),
+    'columns missing': ('aaaaaaaaaaa,5,0.1,0.2,0.5', False),
+    'columns too many': (LINE + ',1', False),
+    'one column': ('aaaaaaaaaaa', False),
+    'empty fields': (',,,,,,', False),
+    'action 0': (LINE[:-2] + '0', False),
+    'action 81': (LINE[:-2] + '81', False),
+    'action of a half': (LINE[:-2] + '1.5', False),
+    'action not a number': (LINE[:-2] + 'run', False),
+    'climbing id': ('../../../../x,5,0.1,0.2,0.5,0.9,12', False),
+    'absolute id': ('/etc/passwd,5,0.1,0.2,0.5,0.9,12', False),
+    'id with a slash': ('aaaaa/aaaaa,5,0.1,0.2,0.5,0.9,12', False),
+    'id with a NUL': ('aaaaa\0aaaaa,5,0.1,0.2,0.5,0.9,12', False),
+    'short id': ('a,5,0.1,0.2,0.5,0.9,12', False),
+    'other digits': (LINE.replace('aaaaaaaaaaa', '１２３４５６７８９０１'), False),
+    'a million characters': ('x' * 1_000_000, False),
+    'a million columns': (',' * 1_000_000, False),
+    'not UTF-8': (b'\xff\xfe\xfa,5,0.1,0.2,0.5,0.9,12', False),
+    'UTF-16': (LINE.encode('utf-16'), False),
+    'html': ('<html>', False),
+    'header': ('video_id,timestamp,x1,y1,x2,y2,action', False),
+    'formula': ('=cmd|" /C calc"!A0,5,0.1,0.2,0.5,0.9,12', False),
+    'surrogate': (b'\xed\xa0\x80aaaaaaaa,5', False),
+}
 
 
 @pytest.fixture(scope='module')
@@ -200,13 +286,20 @@ def annotated(whole, tmp_path_factory):
     reported = {}
     for step, options in ('cut_kinetics', [f'--kinetics_list={folder}/list.txt']), ('prepare_annotation', []):
         run(f'{step}.py', f'--avakinetics_anotation={folder}', f'--avakinetics_root={folder}/root', *options, cwd=folder)
-        reported[step] = {int(row[2].split('line ')[1].split(':')[0]): row[2]
-                          for row in read_csv(folder / f'root/reports/{step}_train.csv')[1:] if 'malformed' in row[2]}
+        reported[step] = {
+            int(row[2].split('line ')[1].split(':')[0]): row[2]
+            for row in read_csv(folder / f'root/reports/{step}_train.csv')[1:]
+            if 'malformed' in row[2]
+        }
     assert (folder / 'root/videos/aaaaaaaaaaa_000003_000007.mp4').is_file()
     good = sum(value is True and 'people' not in name for name, (_, value) in ANNOTATIONS.items())
     assert len(read_csv(folder / 'root/kinetics_train.csv')) == good
-    assert sorted(path.name for path in folder.iterdir()) == ['aaaaaaaaaaa_000000_000010.mp4', 'kinetics_train_v1.0.csv',
-                                                              'list.txt', 'root']
+    assert sorted(path.name for path in folder.iterdir()) == [
+        'aaaaaaaaaaa_000000_000010.mp4',
+        'kinetics_train_v1.0.csv',
+        'list.txt',
+        'root',
+    ]
     return reported
 
 
@@ -221,16 +314,25 @@ def test_annotation_lines(annotated, name, step):
 
 
 LIST_LINES = {  # name -> (line, whether the video that it names, 'aaaaaaaaaaa', can be cut from there)
-    'climbing': ('../../../aaaaaaaaaaa_000000_000010.mp4', False), 'absolute': ('/etc/aaaaaaaaaaa_000000_000010.mp4 3', False),
-    'no id': ('../../x 3', False), 'passwd': ('/etc/passwd', False), 'NUL': ('a\0b/aaaaaaaaaaa_000000_000010.mp4 3', False),
-    'ends before it starts': ('aaaaaaaaaaa_000010_000000.mp4 3', False), 'no range': ('aaaaaaaaaaa.mp4 3', False),
-    'label only': ('3', False), 'a million characters': ('x' * 1_000_000 + '/aaaaaaaaaaa_000000_000010.mp4', False),
-    'a name of 300 characters': ('x' * 300 + '/aaaaaaaaaaa_000000_000010.mp4 3', False), 'not UTF-8': (b'\xff/aaaaaaaaaaa_000000_000010.mp4', False),
-    'option': ('-rf/aaaaaaaaaaa_000000_000010.mp4 3', False), 'shell': ('$(touch pwned)/aaaaaaaaaaa_000000_000010.mp4', False),
-    'other digits': ('aaaaaaaaaaa_٠٠٠٠٠٠_٠٠٠٠١٠.mp4 3', False), 'range of a month': ('aaaaaaaaaaa_000000_999999.mp4 3', False),
+    'climbing': ('../../../aaaaaaaaaaa_000000_000010.mp4', False),
+    'absolute': ('/etc/aaaaaaaaaaa_000000_000010.mp4 3', False),
+    'no id': ('../../x 3', False),
+    'passwd': ('/etc/passwd', False),
+    'NUL': ('a\0b/aaaaaaaaaaa_000000_000010.mp4 3', False),
+    'ends before it starts': ('aaaaaaaaaaa_000010_000000.mp4 3', False),
+    'no range': ('aaaaaaaaaaa.mp4 3', False),
+    'label only': ('3', False),
+    'a million characters': ('x' * 1_000_000 + '/aaaaaaaaaaa_000000_000010.mp4', False),
+    'a name of 300 characters': ('x' * 300 + '/aaaaaaaaaaa_000000_000010.mp4 3', False),
+    'not UTF-8': (b'\xff/aaaaaaaaaaa_000000_000010.mp4', False),
+    'option': ('-rf/aaaaaaaaaaa_000000_000010.mp4 3', False),
+    'shell': ('$(touch pwned)/aaaaaaaaaaa_000000_000010.mp4', False),
+    'other digits': ('aaaaaaaaaaa_٠٠٠٠٠٠_٠٠٠٠١٠.mp4 3', False),
+    'range of a month': ('aaaaaaaaaaa_000000_999999.mp4 3', False),
     'web address': ('http://127.0.0.1:9/aaaaaaaaaaa_000000_000010.mp4 3', False),
     'protocol of ffmpeg': ('concat:a.mp4|b/aaaaaaaaaaa_000000_000010.mp4 3', False),
-    'good': ('good/aaaaaaaaaaa_000000_000010.mp4 3', True)}
+    'good': ('good/aaaaaaaaaaa_000000_000010.mp4 3', True),
+}
 
 
 def test_list_lines(whole, tmp_path):
@@ -239,14 +341,29 @@ def test_list_lines(whole, tmp_path):
     (tmp_path / 'kinetics_train_v1.0.csv').write_text(LINE + '\n')
     lines = [line.encode() if isinstance(line, str) else line for line, _ in LIST_LINES.values()]
     (tmp_path / 'list.txt').write_bytes(b'\n'.join(lines))
-    run('cut_kinetics.py', f'--avakinetics_anotation={tmp_path}', f'--kinetics_list={tmp_path}/list.txt',
-        f'--avakinetics_root={tmp_path}/root', cwd=tmp_path)
+    run(
+        'cut_kinetics.py',
+        f'--avakinetics_anotation={tmp_path}',
+        f'--kinetics_list={tmp_path}/list.txt',
+        f'--avakinetics_root={tmp_path}/root',
+        cwd=tmp_path,
+    )
     assert [path.name for path in (tmp_path / 'root/videos').iterdir()] == ['aaaaaaaaaaa_000003_000007.mp4']
-    numbers = [int(row[2].split('line ')[2].split(':')[0]) if row[2].count('line ') > 1 else int(row[2].split('line ')[1].split(':')[0])
-               for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:]]
+    numbers = [
+        int(row[2].split('line ')[2].split(':')[0])
+        if row[2].count('line ') > 1
+        else int(row[2].split('line ')[1].split(':')[0])
+        for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:]
+    ]
     names = list(LIST_LINES)
-    assert {names[number - 1] for number in numbers} == {'no id', 'passwd', 'ends before it starts', 'no range', 'label only',
-                                                         'other digits'}
+    assert {names[number - 1] for number in numbers} == {
+        'no id',
+        'passwd',
+        'ends before it starts',
+        'no range',
+        'label only',
+        'other digits',
+    }
     assert sorted(path.name for path in tmp_path.iterdir()) == ['good', 'kinetics_train_v1.0.csv', 'list.txt', 'root']
 
 
@@ -260,13 +377,18 @@ def member(name: str, content: bytes = b'', **fields) -> tuple[tarfile.TarInfo, 
 
 NAME = 'aaaaaaaaaaa_000000_000010.mp4'
 MEMBERS = {
-    'absolute': member('/tmp/' + NAME, b'x'), 'climbing': member('../../' + NAME, b'x'),
-    'climbing in the middle': member('a/../../../' + NAME, b'x'), 'symbolic link': member('a/' + NAME, type=tarfile.SYMTYPE, linkname='/etc/passwd'),
-    'hard link': member('a/' + NAME, type=tarfile.LNKTYPE, linkname='../../etc/passwd'), 'device': member('a/' + NAME, type=tarfile.CHRTYPE),
-    'pipe': member('a/' + NAME, type=tarfile.FIFOTYPE), 'folder': member('a/' + NAME, type=tarfile.DIRTYPE),
+    'absolute': member('/tmp/' + NAME, b'x'),
+    'climbing': member('../../' + NAME, b'x'),
+    'climbing in the middle': member('a/../../../' + NAME, b'x'),
+    'symbolic link': member('a/' + NAME, type=tarfile.SYMTYPE, linkname='/etc/passwd'),
+    'hard link': member('a/' + NAME, type=tarfile.LNKTYPE, linkname='../../etc/passwd'),
+    'device': member('a/' + NAME, type=tarfile.CHRTYPE),
+    'pipe': member('a/' + NAME, type=tarfile.FIFOTYPE),
+    'folder': member('a/' + NAME, type=tarfile.DIRTYPE),
     'newline': member('a\nb/' + NAME.replace('aaaaaaaaaaa', 'bbbbbbbbbbb'), b'x'),
     'no video': member('a/' + NAME.replace('aaaaaaaaaaa', 'ccccccccccc'), b'no video'),
-    'empty': member('a/' + NAME.replace('aaaaaaaaaaa', 'ddddddddddd'))}
+    'empty': member('a/' + NAME.replace('aaaaaaaaaaa', 'ddddddddddd')),
+}
 
 
 @pytest.mark.parametrize('name', MEMBERS)
@@ -281,8 +403,15 @@ def test_archive_members(whole, tmp_path, name):
 
 def cut_archives(folder: Path, *archives, **options) -> subprocess.CompletedProcess:
     (folder / 'kinetics_train_v1.0.csv').write_text(''.join(LINE.replace('a' * 11, letter * 11) + '\n' for letter in 'abcd'))
-    return run('cut_kinetics.py', f'--avakinetics_anotation={folder}', f'--avakinetics_root={folder}/root',
-               '--kinetics_archives', *archives, cwd=folder, **options)
+    return run(
+        'cut_kinetics.py',
+        f'--avakinetics_anotation={folder}',
+        f'--avakinetics_root={folder}/root',
+        '--kinetics_archives',
+        *archives,
+        cwd=folder,
+        **options,
+    )
 
 
 def sparse_archive() -> bytes:
@@ -291,7 +420,7 @@ def sparse_archive() -> bytes:
     info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
     buffer = bytearray(info.tobuf(tarfile.GNU_FORMAT))
     buffer[386:410] = b'00000000000\0' + b'00000001000\0'
-    buffer[483:495] = b'\x80' + (2 ** 40).to_bytes(11, 'big')
+    buffer[483:495] = b'\x80' + (2**40).to_bytes(11, 'big')
     buffer[148:156] = b'        '
     buffer[148:156] = b'%06o\0 ' % sum(buffer)
     return bytes(buffer) + bytes(512 * 3)
@@ -300,18 +429,23 @@ def sparse_archive() -> bytes:
 def test_archives_that_claim_terabytes(whole, tmp_path):
     (tmp_path / 'sparse.tar').write_bytes(sparse_archive())
     claimed = tarfile.TarInfo('a/' + NAME.replace('aaaaaaaaaaa', 'bbbbbbbbbbb'))
-    claimed.size = 2 ** 40
+    claimed.size = 2**40
     (tmp_path / 'claims.tar').write_bytes(claimed.tobuf(tarfile.GNU_FORMAT) + bytes(5000))
     with tarfile.open(tmp_path / 'good.tar', 'w') as tar:
-        tar.addfile(*[part if isinstance(part, tarfile.TarInfo) else io.BytesIO(part) for part in member('good/' + NAME, whole)])
+        tar.addfile(
+            *[part if isinstance(part, tarfile.TarInfo) else io.BytesIO(part) for part in member('good/' + NAME, whole)]
+        )
     cut_archives(tmp_path, tmp_path / 'sparse.tar', tmp_path / 'claims.tar', tmp_path / 'good.tar')
     assert [path.name for path in (tmp_path / 'root/videos').iterdir()] == ['aaaaaaaaaaa_000003_000007.mp4']
     rows = {row[0]: row[2] for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:]}
     assert rows['b' * 11] == 'unreadable video: larger than 1,073,741,824 bytes' and 'claims.tar' in rows['']
 
 
-@pytest.mark.parametrize('content', [b'', b'no archive' * 100, b'\x1f\x8b' + b'broken' * 100, bytes(10_000), b'BZh91AY&SY' + bytes(100)],
-                         ids=['empty', 'text', 'broken gzip', 'zeros', 'broken bzip2'])
+@pytest.mark.parametrize(
+    'content',
+    [b'', b'no archive' * 100, b'\x1f\x8b' + b'broken' * 100, bytes(10_000), b'BZh91AY&SY' + bytes(100)],
+    ids=['empty', 'text', 'broken gzip', 'zeros', 'broken bzip2'],
+)
 def test_what_is_no_archive(whole, tmp_path, content):
     (tmp_path / 'bad.tar').write_bytes(content)
     with tarfile.open(tmp_path / 'good.tar', 'w') as tar:
@@ -325,14 +459,22 @@ def test_what_is_no_archive(whole, tmp_path, content):
     assert 'loop.tar' in said and (not content.strip(b'\0') or 'bad.tar' in said)
 
 
-CLIPS = {'empty': lambda data: b'', 'text': lambda data: b'no video', 'truncated early': lambda data: data[:2000],
-         'truncated late': lambda data: data[:-500], 'sound only': lambda data: ffmpeg(
-             '-f', 'lavfi', '-i', 'sine=d=4', '-c:a', 'aac', '-movflags', 'frag_keyframe+empty_moov', '-f', 'mp4'),
-         'playlist': lambda data: b"ffconcat version 1.0\nfile 'good-clip-0_000000_000004.mp4'\n",
-         'Matroska': lambda data: ffmpeg('-f', 'lavfi', '-i', 'testsrc=s=64x64:d=4:r=30', '-c:v', 'libx264', '-f', 'matroska'),
-         'wrong length': lambda data: ffmpeg('-f', 'lavfi', '-i', 'testsrc=s=64x64:d=3:r=30', '-c:v', 'libx264', '-movflags',
-                                             'frag_keyframe+empty_moov', '-f', 'mp4'),
-         'huge pictures claimed': lambda data: huge_png_video(), 'random': lambda data: np.random.default_rng(1).bytes(50_000)}
+CLIPS = {
+    'empty': lambda data: b'',
+    'text': lambda data: b'no video',
+    'truncated early': lambda data: data[:2000],
+    'truncated late': lambda data: data[:-500],
+    'sound only': lambda data: ffmpeg(
+        '-f', 'lavfi', '-i', 'sine=d=4', '-c:a', 'aac', '-movflags', 'frag_keyframe+empty_moov', '-f', 'mp4'
+    ),
+    'playlist': lambda data: b"ffconcat version 1.0\nfile 'good-clip-0_000000_000004.mp4'\n",
+    'Matroska': lambda data: ffmpeg('-f', 'lavfi', '-i', 'testsrc=s=64x64:d=4:r=30', '-c:v', 'libx264', '-f', 'matroska'),
+    'wrong length': lambda data: ffmpeg(
+        '-f', 'lavfi', '-i', 'testsrc=s=64x64:d=3:r=30', '-c:v', 'libx264', '-movflags', 'frag_keyframe+empty_moov', '-f', 'mp4'
+    ),
+    'huge pictures claimed': lambda data: huge_png_video(),
+    'random': lambda data: np.random.default_rng(1).bytes(50_000),
+}
 
 
 @pytest.mark.parametrize('name', CLIPS)
@@ -345,9 +487,12 @@ def test_clips(tmp_path, name):
     (videos / 'loop-clip-2_000000_000004.mp4').symlink_to('loop-clip-2_000000_000004.mp4')
     (videos / 'fold-clip-3_000000_000004.mp4').mkdir()
     (videos / 'new\nline.mp4').write_bytes(b'')
-    (tmp_path / 'kinetics_train_v1.0.csv').write_text(''.join(
-        LINE.replace('a' * 11, video).replace(',5,', ',2,') + '\n'
-        for video in ('good-clip-0', 'bad-clip--1', 'loop-clip-2', 'fold-clip-3')))
+    (tmp_path / 'kinetics_train_v1.0.csv').write_text(
+        ''.join(
+            LINE.replace('a' * 11, video).replace(',5,', ',2,') + '\n'
+            for video in ('good-clip-0', 'bad-clip--1', 'loop-clip-2', 'fold-clip-3')
+        )
+    )
     run('prepare_annotation.py', f'--avakinetics_anotation={tmp_path}', f'--avakinetics_root={tmp_path}')
     assert {row[0] for row in read_csv(tmp_path / 'kinetics_train.csv')} == {'good-clip-0_000000_000004'}
     run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}')
@@ -368,28 +513,54 @@ def test_folders_of_frames(tmp_path):
     (frames / 'fffffffffff_٠٠٠٠٠٣_٠٠٠٠٠٧').mkdir()
     (frames / 'new\nline').mkdir()
     (frames / os.fsdecode(b'\xff\xfe')).mkdir()
-    (tmp_path / 'kinetics_train_v1.0.csv').write_text(''.join(LINE.replace('a' * 11, letter * 11) + '\n' for letter in 'abcdef'))
+    (tmp_path / 'kinetics_train_v1.0.csv').write_text(
+        ''.join(LINE.replace('a' * 11, letter * 11) + '\n' for letter in 'abcdef')
+    )
     run('prepare_annotation.py', f'--avakinetics_anotation={tmp_path}', f'--avakinetics_root={tmp_path}')
     assert [row[0] for row in read_csv(tmp_path / 'kinetics_train.csv')] == ['aaaaaaaaaaa_000003_000007']
     reasons = {row[0][0]: row[2].split(':')[0] for row in read_csv(tmp_path / 'reports/prepare_annotation_train.csv')[1:]}
-    assert reasons == {'b': 'unreadable clip', 'c': 'unreadable clip', 'd': 'frames missing', 'e': 'no clip holds this keyframe',
-                       'f': 'no clip holds this keyframe'}
+    assert reasons == {
+        'b': 'unreadable clip',
+        'c': 'unreadable clip',
+        'd': 'frames missing',
+        'e': 'no clip holds this keyframe',
+        'f': 'no clip holds this keyframe',
+    }
 
 
 def huge_jpeg(path: Path) -> bytes:
     """A JPEG whose header claims 65,500 by 65,500 pixels."""
     data = path.read_bytes()
     start = data.index(b'\xff\xc0')
-    return data[:start + 5] + struct.pack('>HH', 65500, 65500) + data[start + 9:]
+    return data[: start + 5] + struct.pack('>HH', 65500, 65500) + data[start + 9 :]
 
 
-FRAMES = {'missing': None, 'empty': lambda path: b'', 'text': lambda path: b'no picture', 'no picture but its end': lambda path: b'x\xff\xd9',
-          'truncated early': lambda path: path.read_bytes()[:100], 'truncated late': lambda path: path.read_bytes()[:-3],
-          'huge pictures claimed': huge_jpeg, 'random': lambda path: np.random.default_rng(0).bytes(9000) + b'\xff\xd9',
-          'PNG': lambda path: cv2.imencode('.png', cv2.imread(str(path)))[1].tobytes()}
-ROWS = ['', ',', 'x', 'scene-00000_000010_000014,12', 'scene-00000_000010_000014,nan,0,0,1,1,12,-1', '../../x,12,0,0,1,1,12,-1',
-        'scene-00000_000010_000014,12,nan,0,1,1,12,-1', 'scene-00000_000010_000014,14,0,0,1,1,12,-1', 'x' * 1_000_000,
-        'scene-00000_000010_000014,12,0,0,1,1,twelve,-1', 'scene-00000_999999_000000,12,0,0,1,1,12,-1', '\0', '"a\nb"']
+FRAMES = {
+    'missing': None,
+    'empty': lambda path: b'',
+    'text': lambda path: b'no picture',
+    'no picture but its end': lambda path: b'x\xff\xd9',
+    'truncated early': lambda path: path.read_bytes()[:100],
+    'truncated late': lambda path: path.read_bytes()[:-3],
+    'huge pictures claimed': huge_jpeg,
+    'random': lambda path: np.random.default_rng(0).bytes(9000) + b'\xff\xd9',
+    'PNG': lambda path: cv2.imencode('.png', cv2.imread(str(path)))[1].tobytes(),
+}
+ROWS = [
+    '',
+    ',',
+    'x',
+    'scene-00000_000010_000014,12',
+    'scene-00000_000010_000014,nan,0,0,1,1,12,-1',
+    '../../x,12,0,0,1,1,12,-1',
+    'scene-00000_000010_000014,12,nan,0,1,1,12,-1',
+    'scene-00000_000010_000014,14,0,0,1,1,12,-1',
+    'x' * 1_000_000,
+    'scene-00000_000010_000014,12,0,0,1,1,twelve,-1',
+    'scene-00000_999999_000000,12,0,0,1,1,12,-1',
+    '\0',
+    '"a\nb"',
+]
 
 
 @pytest.fixture(scope='module')
@@ -416,16 +587,29 @@ def test_frames(fetched, name):
     assert reasons[''].startswith('malformed row')
 
 
-CONFIGS = {'does not parse': 'model = dict(', 'raises': 'raise SystemError("no")', 'no model': 'x = 1', 'empty': '',
-           'unknown detector': "model = dict(type='NoSuchDetector')", 'no base': "_base_ = 'nowhere.py'",
-           'binary': '\0\1\2', 'base of itself': "_base_ = 'config.py'", 'no pipeline': "model = dict(type='FasterRCNN')"}
+CONFIGS = {
+    'does not parse': 'model = dict(',
+    'raises': 'raise SystemError("no")',
+    'no model': 'x = 1',
+    'empty': '',
+    'unknown detector': "model = dict(type='NoSuchDetector')",
+    'no base': "_base_ = 'nowhere.py'",
+    'binary': '\0\1\2',
+    'base of itself': "_base_ = 'config.py'",
+    'no pipeline': "model = dict(type='FasterRCNN')",
+}
 
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_configs(fetched, tmp_path, name):
     (tmp_path / 'config.py').write_text(CONFIGS[name])
-    message = refused(fetch_proposal.main, f'--avakinetics_root={fetched[0]}', f'--picklepath={tmp_path}/x.pkl',
-                      f'--config={tmp_path}/config.py', TINY[1])
+    message = refused(
+        fetch_proposal.main,
+        f'--avakinetics_root={fetched[0]}',
+        f'--picklepath={tmp_path}/x.pkl',
+        f'--config={tmp_path}/config.py',
+        TINY[1],
+    )
     assert f'{tmp_path}/config.py' in message
 
 
@@ -433,16 +617,27 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
     torch.save(Evil(), folder / 'evil.pth')
     torch.save(dict(state_dict={'a': torch.zeros(1)}), folder / 'other.pth')
     evil, other = (folder / 'evil.pth').read_bytes(), (folder / 'other.pth').read_bytes()
-    return {'code': evil, 'code in a plain pickle': pickle.dumps(Evil()), 'other weights': other, 'truncated': other[:len(other) // 2],
-            'a list': pickle.dumps([1]), 'empty': b''}
+    return {
+        'code': evil,
+        'code in a plain pickle': pickle.dumps(Evil()),
+        'other weights': other,
+        'truncated': other[: len(other) // 2],
+        'a list': pickle.dumps([1]),
+        'empty': b'',
+    }
 
 
 @pytest.mark.parametrize('name', ['code', 'code in a plain pickle', 'other weights', 'truncated', 'a list', 'empty'])
 def test_checkpoints(fetched, tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'x.pth').write_bytes(checkpoints(tmp_path)[name])
-    message = refused(fetch_proposal.main, f'--avakinetics_root={fetched[0]}', f'--picklepath={tmp_path}/x.pkl', TINY[0],
-                      f'--checkpoint={tmp_path}/x.pth')
+    message = refused(
+        fetch_proposal.main,
+        f'--avakinetics_root={fetched[0]}',
+        f'--picklepath={tmp_path}/x.pkl',
+        TINY[0],
+        f'--checkpoint={tmp_path}/x.pth',
+    )
     assert f'{tmp_path}/x.pth' in message and not (tmp_path / 'pwned').exists()
 
 
@@ -454,21 +649,35 @@ def recursive() -> dict:
 
 KEY = b'\x8c\x10aaaaaaaaaaa,0005'
 PICKLES = {
-    'code': pickle.dumps(Evil()), 'code as a value': pickle.dumps({'aaaaaaaaaaa,0005': Evil()}),
-    'code by eval': b'cbuiltins\neval\n(S"1"\ntR.', 'code in an array of objects': pickle.dumps({'a': np.array([Evil()], object)}),
-    'code by a name of a name': b'\x80\x04\x8c\x05numpy\x8c\x0ecore._internal\x93.', 'module': b'cos\nsystem\n.',
-    'numpy function': b'cnumpy\nload\n(S"x"\ntR.', 'list': pickle.dumps([1]), 'empty': b'', 'only a stop': b'\x80\x04.', 'truncated': pickle.dumps({1: 2})[:-1],
-    'text': b'no pickle at all\n', 'memory for the memo': b'\x80\x04}\x94]r\xff\xff\xff\x7f.',
-    'a terabyte of bytes': b'\x80\x04\x8e' + (2 ** 40).to_bytes(8, 'little') + b'x.',
-    'frame of a terabyte': b'\x80\x04\x95' + (2 ** 40).to_bytes(8, 'little') + b'}.', 'ten million marks': b'\x80\x04' + b'(' * 10 ** 7 + b'.',
-    'number of two gigabytes': b'\x80\x04\x8b' + (2 ** 31 - 1).to_bytes(4, 'little') + b'1.'}
+    'code': pickle.dumps(Evil()),
+    'code as a value': pickle.dumps({'aaaaaaaaaaa,0005': Evil()}),
+    'code by eval': b'cbuiltins\neval\n(S"1"\ntR.',
+    'code in an array of objects': pickle.dumps({'a': np.array([Evil()], object)}),
+    'code by a name of a name': b'\x80\x04\x8c\x05numpy\x8c\x0ecore._internal\x93.',
+    'module': b'cos\nsystem\n.',
+    'numpy function': b'cnumpy\nload\n(S"x"\ntR.',
+    'list': pickle.dumps([1]),
+    'empty': b'',
+    'only a stop': b'\x80\x04.',
+    'truncated': pickle.dumps({1: 2})[:-1],
+    'text': b'no pickle at all\n',
+    'memory for the memo': b'\x80\x04}\x94]r\xff\xff\xff\x7f.',
+    'a terabyte of bytes': b'\x80\x04\x8e' + (2**40).to_bytes(8, 'little') + b'x.',
+    'frame of a terabyte': b'\x80\x04\x95' + (2**40).to_bytes(8, 'little') + b'}.',
+    'ten million marks': b'\x80\x04' + b'(' * 10**7 + b'.',
+    'number of two gigabytes': b'\x80\x04\x8b' + (2**31 - 1).to_bytes(4, 'little') + b'1.',
+}
 VALUES = {  # pickles of a dict that hold one good frame too
-    'recursive': lambda: pickle.dumps({**recursive(), 'good': 1}), 'no array': lambda: pickle.dumps({'aaaaaaaaaaa,0005': 'boxes'}),
+    'recursive': lambda: pickle.dumps({**recursive(), 'good': 1}),
+    'no array': lambda: pickle.dumps({'aaaaaaaaaaa,0005': 'boxes'}),
     'huge array claimed': lambda: b'\x80\x04}' + KEY + b'cnumpy\nndarray\n(\x8a\x06\0\0\0\0\0\x01K\x05\x86\x8c\x02f8tRs.',
     'array of other things': lambda: pickle.dumps({'aaaaaaaaaaa,0005': np.array(['x'])}),
     'too few columns': lambda: pickle.dumps({'aaaaaaaaaaa,0005': np.ones((1, 3))}),
-    'NaN': lambda: pickle.dumps({'aaaaaaaaaaa,0005': np.full((1, 5), np.nan)}), 'climbing key': lambda: pickle.dumps({'../../../x,0005': np.ones((1, 5))}),
-    'key of a number': lambda: pickle.dumps({5: np.ones((1, 5))}), 'key of a million characters': lambda: pickle.dumps({'x' * 10 ** 6: np.ones((1, 5))})}
+    'NaN': lambda: pickle.dumps({'aaaaaaaaaaa,0005': np.full((1, 5), np.nan)}),
+    'climbing key': lambda: pickle.dumps({'../../../x,0005': np.ones((1, 5))}),
+    'key of a number': lambda: pickle.dumps({5: np.ones((1, 5))}),
+    'key of a million characters': lambda: pickle.dumps({'x' * 10**6: np.ones((1, 5))}),
+}
 
 
 @pytest.fixture
@@ -477,7 +686,8 @@ def merging(tmp_path):
     (root / 'annotations').mkdir(parents=True)
     (root / 'annotations/ava_train_v2.2.csv').write_text('-5KQ66BBWC4,0902,0.100,0.200,0.300,0.400,12,0\n')
     (root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(
-        sample_world.fair_pickle({'-5KQ66BBWC4,0902': np.ones((1, 5))}))
+        sample_world.fair_pickle({'-5KQ66BBWC4,0902': np.ones((1, 5))})
+    )
     (root / 'kinetics_train.csv').write_text('aaaaaaaaaaa_000103_000107,105,0.100,0.200,0.500,0.900,12,-1\n')
     (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps({'aaaaaaaaaaa,0105': np.ones((1, 5))}))
     return root
@@ -502,16 +712,28 @@ def test_proposals_in_pickles(merging, name):
     assert rows and all(row[2].startswith('malformed proposal') and len(row[2]) < 200 for row in rows)
 
 
-MERGED_ROWS = ['', 'x', ',,,,,,,', '../../x,105,0,0,1,1,12,-1', 'aaaaaaaaaaa_000103_000107,x,0,0,1,1,12,-1',
-               'aaaaaaaaaaa_000103_000107,105,nan,0,1,1,12,-1', 'aaaaaaaaaaa_000103_000107,105,0,0,1,1,12', 'x' * 1_000_000,
-               'aaaaaaaaaaa_000103_000107,105,0,0,1,1,1e9,-1', '\0', '\ufeff']
+MERGED_ROWS = [
+    '',
+    'x',
+    ',,,,,,,',
+    '../../x,105,0,0,1,1,12,-1',
+    'aaaaaaaaaaa_000103_000107,x,0,0,1,1,12,-1',
+    'aaaaaaaaaaa_000103_000107,105,nan,0,1,1,12,-1',
+    'aaaaaaaaaaa_000103_000107,105,0,0,1,1,12',
+    'x' * 1_000_000,
+    'aaaaaaaaaaa_000103_000107,105,0,0,1,1,1e9,-1',
+    '\0',
+    '\ufeff',
+]
 
 
 def test_rows_to_merge_and_to_check(merging, tmp_path):
     good = (merging / 'kinetics_train.csv').read_bytes()
     (merging / 'kinetics_train.csv').write_bytes('\n'.join(MERGED_ROWS).encode() + b'\n\xff\xfe\n' + good)
     run('merge_annotations.py', f'--avakinetics_root={merging}')
-    assert (merging / 'annotations/ava_train_v2.2.csv').read_bytes() == good + b'-5KQ66BBWC4,0902,0.100,0.200,0.300,0.400,12,0\n'
+    assert (
+        merging / 'annotations/ava_train_v2.2.csv'
+    ).read_bytes() == good + b'-5KQ66BBWC4,0902,0.100,0.200,0.300,0.400,12,0\n'
     assert len(read_csv(merging / 'reports/merge_annotations_train.csv')[1:]) == len(MERGED_ROWS)
     # the last step looks through the merged file, whoever wrote it, and through whatever lies beside AVA's folders
     (merging / 'annotations/ava_train_v2.2.csv').write_bytes('\n'.join(MERGED_ROWS).encode() + b'\n\xff\xfe\n' + good)
