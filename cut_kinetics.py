@@ -448,7 +448,8 @@ def dask_cluster(address: str):
         client = distributed.Client(address, timeout=10)
         client.wait_for_workers(1, timeout=30)
     except Exception as error:  # whatever answers at such an address
-        sys.exit(f'error: no Dask scheduler with workers at {address} ({str(error).splitlines()[0]}); start them first')
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        sys.exit(f'error: no Dask scheduler with workers at {address} ({reason}); start them first')
 
     def submit(task, callback=None):
         job = submit_quietly(task, callback)
@@ -463,8 +464,8 @@ def dask_cluster(address: str):
         try:
             yield client
         except (CancelledError, distributed.KilledWorker) as error:
-            sys.exit(f'error: the Dask cluster at {address} failed ({str(error).splitlines()[0]}); mend it, then the '
-                     'same command continues')
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            sys.exit(f'error: the Dask cluster at {address} failed ({reason}); mend it, then the same command continues')
 
 
 def write_lines(path: Path, lines: list[str]) -> None:

@@ -508,7 +508,8 @@ def dask_cluster(address: str):
         client = distributed.Client(address, timeout=10)
         client.wait_for_workers(1, timeout=30)
     except Exception as error:  # whatever answers at such an address
-        sys.exit(f'error: no Dask scheduler with workers at {address} ({str(error).splitlines()[0]}); start them first')
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        sys.exit(f'error: no Dask scheduler with workers at {address} ({reason}); start them first')
 
     def submit(task, callback=None):
         job = submit_quietly(task, callback)
@@ -523,8 +524,8 @@ def dask_cluster(address: str):
         try:
             yield client
         except (CancelledError, distributed.KilledWorker) as error:
-            sys.exit(f'error: the Dask cluster at {address} failed ({str(error).splitlines()[0]}); mend it, then the '
-                     'same command continues')
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            sys.exit(f'error: the Dask cluster at {address} failed ({reason}); mend it, then the same command continues')
 
 
 def write_report(path: Path, header: list[str], rows: list[tuple]) -> None:
@@ -535,16 +536,16 @@ def write_report(path: Path, header: list[str], rows: list[tuple]) -> None:
     os.replace(path.with_suffix('.part'), path)
 
 
-def detect(frames: dict[str, tuple[str, int]], folder: Path, options: Options, args: argparse.Namespace
-           ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def detect_frames(frames: dict[str, tuple[str, int]], folder: Path, options: Options, args: argparse.Namespace
+                  ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Proposals and reasons for unreadable frames, shard by shard; shards that `folder` holds are taken as they are."""
     import torch
     visible = torch.cuda.device_count()
     if args.num_gpus > visible > 0:
         print(f'only {visible} of {args.num_gpus} GPUs are visible', file=sys.stderr)
     gpus = min(args.num_gpus, visible) if args.num_gpus >= 0 else visible
-    devices = [f'cuda:{number}' for number in range(gpus)] or ['cpu']
-    local = [own_device(options._replace(device=device)) for device in devices]
+    devices = [f'cuda:{number}' for number in range(gpus)] if not args.dask_scheduler else []
+    local = [own_device(options._replace(device=device)) for device in devices or ['cpu']]
     load_detector(local[0])  # a checkpoint that does not fit ends the run here
     folder.mkdir(parents=True, exist_ok=True)
     items = [(key, *frame) for key, frame in frames.items()]
@@ -588,8 +589,8 @@ def fetch(args: argparse.Namespace, keyframes: dict, problems: list[tuple], chec
         folder = target.with_name(f'{target.name}.{identity}.shards')
         if args.overwrite:
             shutil.rmtree(folder, ignore_errors=True)
-        found, unreadable = detect(left, folder, Options(args.config, checkpoint, '', args.score_thr, args.amp,
-                                                         args.batch_size, args.num_workers), args)
+        options = Options(args.config, checkpoint, '', args.score_thr, args.amp, args.batch_size, args.num_workers)
+        found, unreadable = detect_frames(left, folder, options, args)
         proposals.update(found)
         report = root / f'reports/fetch_proposal_{args.split}.csv'
         rows = sorted((*key.rsplit(',', 1), reason) for key, reason in unreadable.items()) + problems
