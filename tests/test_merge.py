@@ -62,6 +62,26 @@ def test_merging_twice_is_merging_once_and_a_later_merge_is_a_first_one(root):
     assert load(root / PICKLE).keys() == {*AVA, 'aaaaaaaaaaa,0104'}
 
 
+def test_a_merge_of_quite_other_videos_is_a_first_one(root):
+    merge(root)
+    (root / 'kinetics_train.csv').write_text(KINETICS_ROWS.replace('a' * 11, 'b' * 11))
+    (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps({'bbbbbbbbbbb,0105': np.ones((1, 5))}))
+    for _ in range(2):
+        merge(root)
+        assert (root / CSV).read_text() == KINETICS_ROWS.replace('a' * 11, 'b' * 11) + AVA_ROWS
+        assert load(root / PICKLE).keys() == {*AVA, 'bbbbbbbbbbb,0105'}
+        assert load(root / PICKLE.replace('.pkl', '.ava_only.pkl')).keys() == AVA.keys()
+
+
+def test_a_video_that_both_parts_hold(root):
+    rows = KINETICS_ROWS + '-5KQ66BBWC4_000900_000904,902,0.100,0.200,0.500,0.900,12,-1\n'
+    (root / 'kinetics_train.csv').write_text(rows)
+    for _ in range(2):
+        assert '1 keys in both' in merge(root).stdout
+        assert (root / CSV).read_text() == rows + AVA_ROWS
+        assert (load(root / PICKLE)['-5KQ66BBWC4,0902'] == AVA['-5KQ66BBWC4,0902']).all()
+
+
 def test_ava_copied_again_is_taken_anew(root):
     merge(root)
     before = snapshot(root)
