@@ -285,8 +285,10 @@ def people_of(answer, score_thr: float) -> np.ndarray:
 
 
 def ignore_interrupt(_) -> None:
-    """Leave Ctrl-C to the process that this one loads frames for."""
+    """Leave Ctrl-C to the process that this one loads frames for, which ends it by SIGTERM where need be."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    sys.excepthook = lambda *_: None  # a thread of multiprocessing tells that the other end has gone; errors go through torch
 
 
 def detect_shard(path: Path, root: Path, frames: list[tuple[str, str, int]], options: Options,
@@ -318,7 +320,12 @@ def detect_shard(path: Path, root: Path, frames: list[tuple[str, str, int]], opt
 
     def load() -> Iterator[tuple[str, dict | str]]:
         try:
-            yield from loader
+            try:  # Python drops a Ctrl-C that comes within a fork
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+                loaded = iter(loader)
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+            yield from loaded
         except Exception as error:  # whatever an arbitrary pipeline raises; a loading process that was killed
             raise RuntimeError(f'in loading frames ({type(error).__name__}: {error})'.replace('\n', ' ')) from error
 
@@ -573,8 +580,9 @@ def detect_frames(frames: dict[str, tuple[str, int]], folder: Path, options: Opt
 def fetch(args: argparse.Namespace, keyframes: dict, problems: list[tuple], checkpoint: Path, work: Path) -> None:
     """Detect what is not there yet, write the pickle and the report, say what came of it."""
     root, target, frames = args.avakinetics_root, args.picklepath, plan_frames(list(keyframes), args.neighbors)
+    config = json.dumps(load_config(args.config).to_dict(), sort_keys=True, default=str)
     inputs = dict(frames=hashlib.sha256(json.dumps(frames).encode()).hexdigest(),
-                  config=hashlib.sha256(load_config(args.config).pretty_text.encode()).hexdigest(),
+                  config=hashlib.sha256(config.encode()).hexdigest(),
                   checkpoint=digest(checkpoint), score_thr=args.score_thr, amp=args.amp)
     stamp = target.with_name(f'{target.name}.inputs.json')
     proposals, left, known = {}, frames, None if args.overwrite else read_stamp(stamp, target, inputs)
