@@ -135,12 +135,12 @@ def in_parallel(tasks: Iterable, args: argparse.Namespace, **options):
     with dask_cluster(args.dask_scheduler) if args.dask_scheduler else contextlib.nullcontext():
         os.environ['PYTHONWARNINGS'] = 'ignore'  # joblib would warn of what an interruption leaves, here and in processes
         warnings.filterwarnings('ignore', module='joblib')
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, signal.SIG_IGN)  # workers inherit it: interruptions are for this process alone
+        # workers inherit that these are ignored: interruptions are for this process alone
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         answers = Parallel(n_jobs=args.num_workers, return_as='generator_unordered', **options)(tasks)
         with contextlib.closing(answers):  # which ends the tasks that are under way, when this run is interrupted
-            for number in signal.SIGINT, signal.SIGTERM:
-                signal.signal(number, signal.default_int_handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             try:
                 yield answers
             except BrokenProcessPool:

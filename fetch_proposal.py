@@ -350,15 +350,15 @@ def detect_on_all(shards: dict[Path, list[tuple]], root: Path, options: list[Opt
     pools = {option: ProcessPoolExecutor(1, get_context('spawn')) for option in options}
     try:
         while todo or running:
-            for number in signal.SIGINT, signal.SIGTERM:
-                signal.signal(number, signal.SIG_IGN)  # the processes inherit it: interruptions are for this one alone
+            # the processes inherit that these are ignored: interruptions are for this one alone
+            handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
             for option in [option for option in pools if option not in running.values()]:
                 if todo:
                     path = todo.pop(0)
                     future = pools[option].submit(detect_shard, path, root, shards[path], option)
                     future.path, running[future] = path, option
-            for number in signal.SIGINT, signal.SIGTERM:
-                signal.signal(number, signal.default_int_handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:

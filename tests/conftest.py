@@ -2,6 +2,7 @@
 import csv
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from fractions import Fraction
@@ -13,6 +14,8 @@ import pytest
 REPO = Path(__file__).parent.parent
 sys.path[:0] = [str(REPO / 'tests'), str(REPO / 'benchmarks'), str(REPO)]
 import draw  # noqa: E402
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would the steps
 
 
 def run(script, *arguments, code=0, **options) -> subprocess.CompletedProcess:
