@@ -150,18 +150,24 @@ class NotingDetector(CascadeRCNN):
     assert len(built) == len(set(built)) == 3  # nine shards
 
 
+def started(command: list, job, root) -> subprocess.Popen:
+    """A run of a step that has made its first clip and is still at work."""
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / command[0]), *command[1:]],
+        cwd=job,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(root.glob('videos/*.mp4')):
+        time.sleep(0.02)
+    return process
+
+
 def test_a_worker_that_dies_costs_nothing(job, tmp_path):
     with cluster(tmp_path) as (address, _):
         command = steps(job, tmp_path / 'root', f'--dask_scheduler={address}', '--overwrite')[0]
-        process = subprocess.Popen(
-            [sys.executable, str(REPO / command[0]), *command[1:]],
-            cwd=job,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        while not list(tmp_path.glob('root/videos/*.mp4')):
-            time.sleep(0.02)
+        process = started(command, job, tmp_path / 'root')
         workers = subprocess.run(['pgrep', '-f', 'spawn_main'], capture_output=True, text=True).stdout.split()
         ours = [
             pid for pid in workers if open(f'/proc/{pid}/cmdline').read() and os.readlink(f'/proc/{pid}/cwd') == str(tmp_path)
@@ -187,15 +193,7 @@ def test_a_task_that_kills_every_worker_ends_the_run_with_a_line(job, tmp_path):
 def test_a_scheduler_that_goes_away_ends_the_run_with_a_line(job, tmp_path):
     with cluster(tmp_path) as (address, scheduler):
         command = steps(job, tmp_path / 'root', f'--dask_scheduler={address}')[0]
-        process = subprocess.Popen(
-            [sys.executable, str(REPO / command[0]), *command[1:]],
-            cwd=job,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        while not list(tmp_path.glob('root/videos/*.mp4')):
-            time.sleep(0.02)
+        process = started(command, job, tmp_path / 'root')
         os.killpg(scheduler.pid, signal.SIGKILL)
         _, err = process.communicate(timeout=120)
     lines = [line for line in err.splitlines() if 'video/s' not in line and line]
