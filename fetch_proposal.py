@@ -4,46 +4,42 @@
 Reads ROOT/kinetics_train.csv and ROOT/rawframes, or ROOT/videos where a clip has no raw frames, runs a person detector
 of mmdetection on every annotated keyframe and on the seconds before and after it, and writes
 ROOT/kinetics_proposal.pkl: a dict with keys '<video_id>,<second:04d>' and values float64 (n, 5) of x1, y1, x2, y2,
-score, relative to the frame, score > 0.7. A frame without people has no key. Frames that could not be read are in
-ROOT/reports/fetch_proposal_train.csv. Run it again to continue after an interruption.
+score, relative to the frame, score > 0.7. A frame without people has no key. Frames that could not be read are listed in
+ROOT/reports/fetch_proposal_train.csv.
+
+Detections are kept frame by frame in kinetics_proposal.pkl.frames.jsonl: run the same command again to continue after an
+interruption, or a similar one to detect only what is new.
 
     python3 fetch_proposal.py --avakinetics_root=$MMACTION2/data/ava_kinetics \\
         --datalist=$MMACTION2/data/ava_kinetics/kinetics_train.csv \\
         --picklepath=$MMACTION2/data/ava_kinetics/kinetics_proposal.pkl
 """
-import signal
-
-if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-
 import argparse
-import contextlib
 import copy
 import csv
+import fcntl
 import functools
 import hashlib
 import importlib
+import io
 import json
 import logging
+import multiprocessing.connection
 import os
 import pickle
 import re
-import shutil
+import signal
 import sys
-import tempfile
+import types
 import warnings
-from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, CancelledError, ProcessPoolExecutor, wait
-from multiprocessing import active_children, current_process, get_context
+import zipfile
+from collections import Counter, deque
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from importlib.machinery import BuiltinImporter, ModuleSpec
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
-import cv2
-import decord
-import filelock
 import numpy as np
-from joblib import Parallel, delayed, parallel_config
-from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
@@ -51,341 +47,558 @@ CHECKPOINT = ('https://download.openmmlab.com/mmdetection/v2.0/cascade_rcnn/casc
               'cascade_rcnn_x101_64x4d_fpn_1x_coco_20200515_075702-43ce6a30.pth')
 FPS = 30
 PERSON = 0  # COCO's class
-MAX_DASK_WORKERS = 1000  # twice as many tasks wait in the cluster
-SHARD = 512  # frames between two saves
+CHUNK = 512  # frames that a cluster's worker gets at once
+FIRST_FRAMES = 8  # in which the check at the start looks for people
+MAX_WAITING = 256  # loaded frames that wait for others of their size: at most 0.8 GB, 3.2 MB each at 1333x800
 CLIP_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})')
+# How far people may lie from those that the CPU finds in float32, in parts of the frame and in score. Measured on 100 frames
+# with the tests' detector: TF32 moves boxes by up to 0.004, float16 too, bfloat16 by up to 0.007, and scores by up to 0.002
+MAX_BOX_SHIFT, MAX_SCORE_SHIFT = 0.05, 0.1
+
+
+class DetectorError(Exception):
+    """What keeps the detector from starting, as one line for the user."""
+
+
+class UnreadableFrame(Exception):
+    """Why a frame cannot be read, as the report has it."""
+
+
+class Frame(NamedTuple):
+    """A frame to detect people on: its key in the pickle, its clip, its second of the original video."""
+    key: str
+    clip: str
+    second: int
 
 
 class Options(NamedTuple):
-    """A detector and how it is run; the device as torch names it, '' for what a cluster's worker has; frames a batch and
-    loading processes, None for what fits the device."""
+    """The data set, the detector and how it runs; `device` is '' where a cluster's worker chooses its own."""
+    root: Path
     config: Path
     checkpoint: Path
     device: str
     score_thr: float
     amp: bool
     batch_size: int | None
-    num_workers: int | None
+    num_workers: int
+    first_frames: tuple[Frame, ...]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Step 6: detect the people on the annotated keyframes.',
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
-                        help='folder of the data set that is made')
-    parser.add_argument('--split', choices=['train', 'val'], default='train', help='part of AVA-Kinetics')
-    parser.add_argument('--datalist', type=Path, metavar='CSV', default=argparse.SUPPRESS,
-                        help='annotations written by Step 5 (default: ROOT/kinetics_train.csv, or ..._val.csv)')
-    parser.add_argument('--picklepath', type=Path, metavar='PKL', default=argparse.SUPPRESS,
-                        help='where the proposals go (default: ROOT/kinetics_proposal.pkl, or ..._val_proposal.pkl)')
-    parser.add_argument('--config', type=Path, metavar='PY', default=Path(__file__).with_name('X-101-64x4d-FPN.py'),
-                        help='mmdetection config of the detector')
-    parser.add_argument('--checkpoint', metavar='PTH', default=CHECKPOINT, help="file or URL of the detector's weights")
-    parser.add_argument('--num_gpus', type=int, metavar='N', default=argparse.SUPPRESS,
-                        help='GPUs to use, 0 for the CPU (default: all that are visible)')
-    parser.add_argument('--dask_scheduler', metavar='ADDRESS', default=argparse.SUPPRESS,
-                        help="work on the Dask cluster of this scheduler, such as tcp://host:8786, on each worker's own "
-                        'GPU')
-    parser.add_argument('--batch_size', type=int, metavar='N', default=argparse.SUPPRESS,
-                        help='frames of equal size that the detector takes at once (default: 8 on a GPU, 4 on the CPU)')
-    parser.add_argument('--num_workers', type=int, metavar='N', default=argparse.SUPPRESS,
-                        help='processes that load frames, for each GPU (default: 4 on a GPU, 1 on the CPU)')
-    parser.add_argument('--amp', action='store_true', help='mixed precision: faster, and moves boxes a little')
-    parser.add_argument('--neighbors', type=int, metavar='N', default=1,
-                        help='seconds before and after each keyframe that get proposals too: 1 as in MMAction2, 0 for '
-                        'all that its training reads, a third of the work')
-    parser.add_argument('--score_thr', type=float, metavar='S', default=0.7, help='least score of a proposal')
-    parser.add_argument('--preview', type=Path, metavar='FILE', default=argparse.SUPPRESS,
-                        help='also draw keyframes with annotated boxes and proposals into this picture')
-    parser.add_argument('--overwrite', action='store_true', help='detect again although the proposals are there')
+    parser = argparse.ArgumentParser(description='Step 6: detect the people on the annotated keyframes.')
+    data = parser.add_argument_group('data')
+    data.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
+                      help='folder of the data set that is made (default: %(default)s)')
+    data.add_argument('--split', choices=['train', 'val'], default='train', help='part of AVA-Kinetics (default: train)')
+    data.add_argument('--datalist', type=Path, metavar='CSV',
+                      help='annotations written by Step 5 (default: ROOT/kinetics_train.csv, or ..._val.csv)')
+    data.add_argument('--picklepath', type=Path, metavar='PKL',
+                      help='where the proposals go (default: ROOT/kinetics_proposal.pkl, or ..._val_proposal.pkl)')
+    data.add_argument('--neighbors', type=int, metavar='N', default=1,
+                      help='seconds before and after each keyframe that get proposals too: 1 as in MMAction2, 0 for '
+                      'all that its training reads, a third of the work (default: 1)')
+    data.add_argument('--preview', type=Path, metavar='FILE',
+                      help='also draw keyframes with annotated boxes and proposals into this picture')
+    data.add_argument('--overwrite', action='store_true', help='detect again although the detections are there')
+    detector = parser.add_argument_group('detector')
+    detector.add_argument('--config', type=Path, metavar='PY', default=Path(__file__).with_name('X-101-64x4d-FPN.py'),
+                          help='mmdetection config of the detector (default: X-101-64x4d-FPN.py beside this script)')
+    detector.add_argument('--checkpoint', metavar='PTH', default=CHECKPOINT,
+                          help="file or URL of the detector's weights (default: %(default)s)")
+    detector.add_argument('--score_thr', type=float, metavar='S', default=0.7, help='least score (default: %(default)s)')
+    detector.add_argument('--amp', action='store_true', help='mixed precision: faster, and moves boxes a little')
+    running = parser.add_argument_group('running')
+    running.add_argument('--num_gpus', type=int, metavar='N', help='GPUs to use, 0 for the CPU (default: all visible ones)')
+    running.add_argument('--batch_size', type=int, metavar='N',
+                         help='frames of equal size that the detector takes at once (default: 8 on a GPU, 4 on the CPU)')
+    running.add_argument('--num_workers', type=int, metavar='N', default=4,
+                         help='threads that load frames, for each GPU (default: %(default)s)')
+    running.add_argument('--dask_scheduler', metavar='ADDRESS',
+                         help='work on the Dask cluster of this scheduler, such as tcp://host:8786')
     args = parser.parse_args(argv)
-    root, part = args.avakinetics_root, '' if args.split == 'train' else '_val'
-    defaults = dict(datalist=root / f'kinetics_{args.split}.csv', picklepath=root / f'kinetics{part}_proposal.pkl',
-                    num_gpus=-1, batch_size=None, num_workers=None, preview=None, dask_scheduler=None)
-    args = argparse.Namespace(**{**defaults, **vars(args)})
-    if args.neighbors < 0 or args.batch_size is not None and args.batch_size < 1 or (args.num_workers or 0) < 0:
-        sys.exit('error: --neighbors and --num_workers must be 0 or more, --batch_size 1 or more')
+    if args.neighbors < 0 or (args.num_gpus or 0) < 0:
+        sys.exit('error: --neighbors and --num_gpus must be 0 or more')
+    if args.num_workers < 1 or args.batch_size is not None and args.batch_size < 1:
+        sys.exit('error: --num_workers and --batch_size must be 1 or more')
     if not 0 <= args.score_thr < 1:
         sys.exit('error: --score_thr must be at least 0 and below 1')
+    root, part = args.avakinetics_root, '' if args.split == 'train' else '_val'
+    args.datalist = args.datalist or root / f'kinetics_{args.split}.csv'
+    args.picklepath = args.picklepath or root / f'kinetics{part}_proposal.pkl'
+    for name in 'avakinetics_root', 'datalist', 'picklepath', 'config':  # a cluster's workers are in other folders
+        setattr(args, name, getattr(args, name).absolute())
     return args
 
 
-def read_datalist(path: Path) -> tuple[dict[tuple[str, int], list], list[tuple]]:
-    """(clip, second) -> its rows as (relative box x1 y1 x2 y2, action id), and report rows for unreadable lines."""
-    keyframes, problems = {}, []
-    with open(path, encoding='utf-8-sig', errors='replace') as file:
-        for number, line in enumerate(file, 1):
-            row = line.strip().split(',')
-            name = CLIP_NAME.fullmatch(row[0])
-            try:
-                second, box, action = int(row[1]), [float(value) for value in row[2:6]], int(row[6])
-                if not name or not int(name['start']) <= second < int(name['end']) or not np.isfinite(box).all():
-                    raise ValueError
-            except (ValueError, IndexError):
-                problems.append(('', '', f'malformed row: line {number} of {path.name}'))
-                continue
-            keyframes.setdefault((row[0], second), []).append((box, action))
-    return keyframes, problems
+def read_datalist(path: Path):
+    """The annotations as a DataFrame of clip, second, x1, y1, x2, y2, action, and report rows for unusable lines."""
+    import pandas as pd
+    names = ['clip', 'second', 'x1', 'y1', 'x2', 'y2', 'action']
+    try:  # as text, since one odd line must cost itself only; more columns than seven are not read
+        table = pd.read_csv(path, header=None, names=names, usecols=range(7), dtype=str, na_filter=False, engine='c',
+                            skip_blank_lines=False, quoting=csv.QUOTE_NONE, encoding='utf-8-sig', encoding_errors='replace')
+    except pd.errors.EmptyDataError:
+        table = pd.DataFrame(columns=names, dtype=str)
+    table[names[1:]] = table[names[1:]].apply(pd.to_numeric, errors='coerce').astype(float)
+    bounds = table['clip'].str.extract(f'^{CLIP_NAME.pattern}$')[['start', 'end']].astype(float)
+    good = (np.isfinite(table[names[1:]]).all(axis=1) & (table[['second', 'action']] % 1 == 0).all(axis=1)
+            & (bounds.start <= table.second) & (table.second < bounds.end))
+    problems = [('', '', f'malformed row: line {index + 1} of {path.name}') for index in table.index[~good]]
+    return table[good].astype(dict(second=int, action=int)), problems
 
 
-def plan_frames(keyframes: list[tuple[str, int]], neighbors: int) -> dict[str, tuple[str, int]]:
-    """Proposal key -> clip and second, for every keyframe and its neighbours within the clip; keyframes come first."""
+def plan_frames(keyframes: list[tuple[str, int]], neighbors: int) -> list[Frame]:
+    """Every keyframe (clip, second) and its neighbours within the clip, each once; a keyframe's own clip has precedence."""
     frames = {}
     for distance in sorted(range(-neighbors, neighbors + 1), key=abs):
         for clip, second in keyframes:
             if int(clip[-13:-7]) <= second + distance < int(clip[-6:]):
-                frames.setdefault(f'{clip[:-14]},{second + distance:04d}', (clip, second + distance))
-    return dict(sorted(frames.items(), key=lambda item: item[1]))
+                key = f'{clip[:-14]},{second + distance:04d}'
+                frames.setdefault(key, Frame(key, clip, second + distance))
+    return sorted(frames.values(), key=lambda frame: (frame.clip, frame.second))
+
+
+def frame_file(root: Path, frame: Frame) -> Path:
+    """The file that a frame is read from: a raw frame or, where its clip has none, the clip."""
+    if not (root / 'rawframes' / frame.clip).is_dir() and (video := root / f'videos/{frame.clip}.mp4').is_file():
+        return video
+    return root / f'rawframes/{frame.clip}/img_{(frame.second - int(frame.clip[-13:-7])) * FPS + 1:05d}.jpg'
+
+
+def frame_version(root: Path, frame: Frame) -> tuple[str, int, int] | None:
+    """What tells a changed frame: path below ROOT, size and modification time in ns of its file; None without a file."""
+    file = frame_file(root, frame)
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns
+
+
+def read_frame(root: Path, frame: Frame) -> np.ndarray:
+    """A frame as BGR uint8 (H, W, 3); UnreadableFrame says why it cannot be read."""
+    import cv2
+    file = frame_file(root, frame)
+    name = file.relative_to(file.parents[1])
+    if file.suffix == '.mp4':
+        import decord
+        decord.logging.set_level(decord.logging.QUIET)
+        index = (frame.second - int(frame.clip[-13:-7])) * FPS
+        try:
+            return np.ascontiguousarray(decord.VideoReader(str(file), num_threads=1)[index].asnumpy()[..., ::-1])
+        except (decord.DECORDError, RuntimeError, IndexError):
+            raise UnreadableFrame(f'unreadable frame: number {index + 1} of {file.name}') from None
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UnreadableFrame(f'unreadable frame: {error.strerror} {name}') from None
+    if not data.rstrip(b'\0').endswith(b'\xff\xd9'):  # OpenCV fills the rest of a truncated JPEG with grey
+        raise UnreadableFrame(f'unreadable frame: truncated or no JPEG {name}')
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:  # a header that claims billions of pixels
+        image = None
+    if image is None:
+        raise UnreadableFrame(f'unreadable frame: broken JPEG {name}')
+    return image
 
 
 def local_checkpoint(source: str) -> Path:
     """The file of a checkpoint; a URL is downloaded once into torch's cache, where mmengine keeps them too."""
-    if not re.match(r'https?://', source):
-        return Path(source)
-    import torch
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / source.rsplit('/', 1)[-1]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if re.match(r'https?://', source):
+        import torch
+        path = Path(torch.hub.get_dir()) / 'checkpoints' / source.rsplit('/', 1)[-1]
         digest = re.search(r'-([0-9a-f]{8,})\.', path.name)
         try:
-            torch.hub.download_url_to_file(source, str(path), digest and digest[1])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                torch.hub.download_url_to_file(source, str(path), digest and digest[1])
         except (OSError, RuntimeError) as error:
             sys.exit(f'error: {source} cannot be downloaded ({error}); give a file with --checkpoint')
+    else:
+        path = Path(source).absolute()
+    if not path.is_file():
+        sys.exit(f'error: {path} not found; set --checkpoint to a file or URL')
     return path
 
 
-def load_config(path: Path):
-    """The detector's config; whatever is wrong with it ends the run with one line."""
+@functools.cache
+def use_torchvision_operators() -> None:
+    """Give mmcv the operators NMS and RoIAlign of torchvision instead of compiled ones of its own.
+
+    Every wheel of torchvision has them for the CPU and for CUDA, and they read any memory layout right, while mmcv's take
+    all for NCHW. Deformable attention is PyTorch's. All others are those of a built mmcv or, where there is none, say so.
+    """
+    import torch
+    from torchvision.ops import nms, roi_align
+    try:
+        built = importlib.import_module('mmcv._ext')
+    except ImportError:
+        built = None
+
+    def torchvision_nms(boxes, scores, iou_threshold, offset):
+        return nms(boxes + boxes.new_tensor([0, 0, offset, offset]), scores, iou_threshold)
+
+    def torchvision_roi_align(features, rois, output, argmax_y, argmax_x, aligned_height, aligned_width, spatial_scale,
+                              sampling_ratio, pool_mode, aligned):
+        if pool_mode == 0:
+            return unavailable('roi_align with max pooling')()
+        output.copy_(roi_align(features, rois, (aligned_height, aligned_width), spatial_scale, sampling_ratio, aligned))
+
+    def deformable_attention(value, shapes, level_starts, locations, weights, im2col_step):
+        from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+        return multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
+
+    def unavailable(name):
+        def operator(*args, **options):
+            raise NotImplementedError(f"it needs mmcv's compiled operator {name}; install mmcv==2.1.0 built from source in "
+                                      'place of mmcv-lite (see README), or take another detector')
+        return operator
+
+    def contiguous(function):
+        def operator(*args, **options):  # with what is not contiguous copied, and copied back, as it may be an output
+            copies = [value.contiguous() if torch.is_tensor(value) else value for value in args]
+            answer = function(*copies, **options)
+            for value, made in zip(args, copies):
+                if made is not value:
+                    value.copy_(made)
+            return answer
+        return operator
+
+    def other(name):
+        if name.startswith('__'):
+            raise AttributeError(name)
+        return contiguous(getattr(built, name)) if hasattr(built, name) else unavailable(name)
+
+    module = types.ModuleType('mmcv._ext')
+    module.__spec__ = ModuleSpec('mmcv._ext', BuiltinImporter)  # mmengine asks whether there is one
+    module.nms, module.roi_align_forward = torchvision_nms, torchvision_roi_align
+    module.ms_deform_attn_forward = deformable_attention
+    module.__getattr__ = other
+    sys.modules['mmcv._ext'] = module  # where mmcv.ops looks for them when it is imported
+
+
+def load_config(path: Path, custom_imports: bool):
+    """The detector's config, after the imports that it asks for; whatever is wrong with it ends the run with one line."""
     warnings.filterwarnings('ignore', message='pkg_resources')  # mmengine 0.10.7 and mmdet 3.3.0 still import it
     from mmengine.config import Config
     try:
-        return Config.fromfile(path)
+        return Config.fromfile(path, import_custom_modules=custom_imports)
     except Exception as error:  # a config is a program: it may raise anything
-        sys.exit(f'error: {path} is no mmdetection config: {type(error).__name__}: {error}'.replace('\n', ' '))
+        raise DetectorError(f'{path} is no mmdetection config: {type(error).__name__}: {error}'.replace('\n', ' ')) from None
+
+
+class Ignored:
+    """Stands in for all that a checkpoint holds beside tensors and plain values: histories, optimisers, code."""
+
+    def __new__(cls, *args, **options):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
 
 
 def read_weights(checkpoint: Path) -> dict:
     """The tensors of a checkpoint by name, read without running any code that it holds."""
     import torch
+    from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
     try:
-        loaded = torch.load(checkpoint, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        sys.exit(f'error: {checkpoint} cannot be read as weights: {(str(error) or "it is empty").splitlines()[0]}; a '
-                 "training checkpoint is reduced to weights by mmdetection's tools/model_converters/publish_model.py")
-    weights = loaded.get('state_dict', loaded) if isinstance(loaded, dict) else {}
-    return {re.sub(r'^module\.', '', name): value for name, value in weights.items() if torch.is_tensor(value)}
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(checkpoint) if zipfile.is_zipfile(checkpoint) else []
+        with torch.serialization.safe_globals([(Ignored, name) for name in others]):
+            loaded = torch.load(checkpoint, map_location='cpu', weights_only=True)
+        weights = loaded.get('state_dict', loaded)
+        consume_prefix_in_state_dict_if_present(weights, 'module.')  # of data parallel training
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        reason = (str(error) or 'it is empty').splitlines()[0]
+        raise DetectorError(f'{checkpoint} cannot be read as weights: {reason}') from None
+    return weights
 
 
-@functools.lru_cache(maxsize=1)
-def load_detector(options: Options):
-    """Build the config's model with the checkpoint's weights, ready to detect, and its test pipeline for arrays."""
-    import torch
+def build_detector(options: Options):
+    """The config's model with the checkpoint's weights, on the CPU, and its test pipeline for arrays."""
+    use_torchvision_operators()
+    config = load_config(options.config, True)
     from mmcv.transforms import Compose
     from mmdet.registry import MODELS
     from mmdet.utils import get_test_pipeline_cfg, register_all_modules
     from mmengine.model import revert_sync_batchnorm
+    import torch
     register_all_modules()
-    config, weights = load_config(options.config), read_weights(options.checkpoint)
     try:
-        # Boxes of a two-stage detector below the threshold would be thrown away in the end, and in its suppression a
-        # box never yields to one of lower score; a margin is kept for what rounding may do
-        final = config.model.test_cfg.get('rcnn') or {}
-        if 'score_thr' in final:
-            final['score_thr'] = max(final['score_thr'], options.score_thr - 0.01)
-        model = revert_sync_batchnorm(MODELS.build(config.model))
+        model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
         pipeline = copy.deepcopy(get_test_pipeline_cfg(config))
         pipeline[0].type = 'mmdet.LoadImageFromNDArray'
         pipeline = Compose(pipeline)
+        sample = pipeline(dict(img=np.zeros((120, 160, 3), np.uint8), img_id=0))
+        if not torch.is_tensor(sample['inputs']):
+            raise ValueError('its test pipeline makes several pictures of a frame (test-time augmentation); give one that '
+                             'makes one')
     except Exception as error:  # a config may name any class with any arguments
-        sys.exit(f'error: {options.config} builds no detector: {type(error).__name__}: {error}'.split('\n')[0])
-    own = model.state_dict()
-    differing = [name for name in {**own, **weights} if not name.endswith('num_batches_tracked')
-                 and (name not in own or name not in weights or own[name].shape != weights[name].shape)]
+        raise DetectorError(f'{options.config} builds no detector: {type(error).__name__}: {error}'.split('\n')[0]) from None
+    weights = read_weights(options.checkpoint)
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        differing = missing + unexpected
+    except RuntimeError as error:  # tensors of another shape
+        differing = re.findall(r'size mismatch for (\S+):', str(error)) or [str(error).splitlines()[0]]
+    # mean and std come from the config; averaged weights (ema_) stand beside the ones that are used
+    differing = [name for name in differing
+                 if not name.endswith('num_batches_tracked') and not name.startswith(('data_preprocessor.', 'ema_'))]
     if differing:
-        sys.exit(f'error: {options.checkpoint} does not fit the config: {len(differing)} of {len(own)} tensors differ, '
-                 f'first {", ".join(differing[:3])}; give the --config that it was trained with')
-    model.load_state_dict(weights, strict=False)  # strict but for num_batches_tracked, as just checked
-    if options.device != 'cpu':
-        torch.backends.cudnn.benchmark = True  # frames come in a few sizes only
-        model = model.to(memory_format=torch.channels_last)
-    model.cfg = config  # where mmdet's own functions look for it
-    model.batch_size = options.batch_size  # less once memory ran out
-    return model.to(options.device).eval(), pipeline
+        raise DetectorError(f'{options.checkpoint} does not fit the config: {len(differing)} tensors differ, first '
+                            f'{", ".join(differing[:3])}; give the --config that it was trained with')
+    return model, pipeline
 
 
-def own_device(options: Options) -> Options:
-    """The options with all that was left to the device: on a cluster, that of the worker that this runs in."""
+def check_operators(device: str) -> None:
+    """Compare mmcv's NMS and RoIAlign on this device, in both memory layouts, with the CPU's answers on random input."""
     import torch
-    device = options.device or ('cuda:0' if torch.cuda.is_available() else 'cpu')
-    batch_size, num_workers = (4, 1) if device == 'cpu' else (8, 4)
-    if current_process().daemon:  # such a process, as a Dask worker is by default, may have no others
-        num_workers = 0
-    elif options.num_workers is not None:
-        num_workers = options.num_workers
-    return options._replace(device=device, batch_size=options.batch_size or batch_size, num_workers=num_workers)
+    from mmcv.ops import nms, roi_align
+    random = torch.Generator().manual_seed(0)
+    features = torch.rand(2, 16, 20, 30, generator=random)
+    corners, sides = torch.rand(300, 2, generator=random) * 100, torch.rand(300, 2, generator=random) * 60
+    boxes, scores = torch.cat([corners, corners + sides], 1), torch.rand(300, generator=random)
+    rois = torch.cat([torch.arange(300)[:, None] % 2, boxes], 1)
+    kept, aligned = nms(boxes, scores, 0.5)[1], roi_align(features, rois, 7, 0.25)
+    for layout in torch.contiguous_format, torch.channels_last:
+        pooled = roi_align(features.to(device, memory_format=layout), rois.to(device), 7, 0.25)
+        if not torch.allclose(pooled.cpu(), aligned, atol=1e-3):
+            raise RuntimeError(f'RoIAlign of {layout} input is wrong')
+    if not torch.equal(nms(boxes.to(device), scores.to(device), 0.5)[1].cpu(), kept):
+        raise RuntimeError('NMS is wrong')
 
 
-def read_frame(root: Path, clip: str, second: int) -> np.ndarray | str:
-    """The keyframe of a second as BGR uint8 (H, W, 3), or the reason why it cannot be read.
+def same_people(ours: np.ndarray, theirs: np.ndarray, score_thr: float) -> bool:
+    """Whether of the people (n, 5) well above `score_thr` on either side most have a counterpart on the other."""
+    matched = [len(others) > 0 and (abs(others - person) < [MAX_BOX_SHIFT] * 4 + [MAX_SCORE_SHIFT]).all(axis=1).any()
+               for people, others in ((ours, theirs), (theirs, ours))
+               for person in people if person[4] > score_thr + MAX_SCORE_SHIFT]
+    return sum(matched) >= len(matched) / 2
 
-    It comes from the clip's raw frames or, where the clip has none, out of its video.
+
+@functools.lru_cache(maxsize=1)
+def start_detector(options: Options):
+    """The detector on its device and its pipeline, after a check that it finds there whom it finds on the CPU in float32.
+
+    A DetectorError says what is wrong. The check takes two passes over the first frame with people, one on each device.
     """
-    index = (second - int(clip[-13:-7])) * FPS
-    name, video = f'{clip}/img_{index + 1:05d}.jpg', root / f'videos/{clip}.mp4'
-    if video.is_file() and not (root / 'rawframes' / clip).is_dir():
-        decord.logging.set_level(decord.logging.QUIET)
-        try:
-            return np.ascontiguousarray(decord.VideoReader(str(video), num_threads=1)[index].asnumpy()[..., ::-1])
-        except (decord.DECORDError, RuntimeError, IndexError):
-            return f'unreadable frame: number {index + 1} of {video.name}'
-    try:
-        data = (root / 'rawframes' / name).read_bytes()
-    except OSError as error:
-        return f'unreadable frame: {error.strerror} {name}'
-    if not data.rstrip(b'\0').endswith(b'\xff\xd9'):  # OpenCV fills the rest of a truncated JPEG with grey
-        return f'unreadable frame: truncated or no JPEG {name}'
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:  # a header that claims billions of pixels
-        image = None
-    return f'unreadable frame: broken JPEG {name}' if image is None else image
-
-
-def load_frame(root: Path, pipeline: Callable, frame: tuple[str, str, int]) -> tuple[str, dict | str]:
-    """A frame's key, and what the test pipeline makes of its picture, or the reason why it cannot be read."""
-    key, clip, second = frame
-    image = read_frame(root, clip, second)
-    return key, image if isinstance(image, str) else pipeline(dict(img=image, img_id=0))
-
-
-def predict(model, batch: list[dict], options: Options) -> list:
-    """The detector's answers for frames of equal size; a batch that does not fit into memory is halved, for good."""
     import torch
-    answers = []
-    while len(answers) < len(batch):
-        part = batch[len(answers):len(answers) + model.batch_size]
-        try:
-            with torch.no_grad(), torch.autocast(options.device.split(':')[0], enabled=options.amp):
-                answers += model.test_step(dict(inputs=[data['inputs'] for data in part],
-                                                data_samples=[data['data_samples'] for data in part]))
-        except torch.cuda.OutOfMemoryError:
-            if model.batch_size == 1:
-                raise
-            model.batch_size //= 2
-            torch.cuda.empty_cache()
-    return answers
+    model, pipeline = build_detector(options)
+    try:
+        for frame, data in load_frames(options.first_frames, options, pipeline):
+            if not isinstance(data, str):
+                expected = people_of(predict(model, [data], 'cpu', False)[0], options.score_thr - MAX_SCORE_SHIFT)
+                if len(expected):
+                    break
+        else:
+            frame = None
+        check_operators(options.device)
+        model = model.to(options.device, memory_format=torch.channels_last)
+        torch.backends.cudnn.benchmark = True  # batches are always full, so cuDNN tries its algorithms once for each size
+        if frame:
+            found = people_of(predict(model, [data], options.device, options.amp)[0], options.score_thr - MAX_SCORE_SHIFT)
+    except Exception as error:  # whatever an arbitrary model, or a broken device, raises
+        raise DetectorError(f'the detector cannot run: {type(error).__name__}: {error}'.split('\n')[0]) from error
+    if frame and not same_people(found, expected, options.score_thr):
+        raise DetectorError(f'the detector is wrong on {options.device}: it finds {len(found)} people on {frame.key} where '
+                            f'the CPU finds {len(expected)}, or others')
+    return model, pipeline
+
+
+def predict(model, batch: list[dict], device: str, amp: bool) -> list:
+    """The detector's answers to frames of equal size."""
+    import torch
+    kind = device.split(':')[0]
+    half = torch.bfloat16 if kind == 'cpu' else torch.float16  # which moves boxes a third as far, but is slow on CPUs
+    with torch.no_grad(), torch.autocast(kind, half, enabled=amp):
+        return model.test_step(dict(inputs=[data['inputs'] for data in batch],
+                                    data_samples=[data['data_samples'] for data in batch]))
 
 
 def people_of(answer, score_thr: float) -> np.ndarray:
     """The people in a detector's answer: float64 (n, 5) of x1, y1, x2, y2 relative, clipped to [0, 1], and score."""
-    found, (height, width) = answer.pred_instances.cpu().numpy(), answer.ori_shape
-    chosen = (found.labels == PERSON) & (found.scores > score_thr)
-    boxes = np.clip(found.bboxes[chosen].astype(np.float64) / [width, height, width, height], 0, 1)
-    return np.hstack([boxes, found.scores[chosen, None].astype(np.float64)])
+    found, (height, width) = answer.pred_instances, answer.ori_shape
+    found = found[(found.labels == PERSON) & (found.scores > score_thr)]
+    boxes = found.bboxes.double().cpu().numpy() / [width, height, width, height]
+    return np.column_stack([np.clip(boxes, 0, 1), found.scores.double().cpu().numpy()])
 
 
-def ignore_interrupt(_) -> None:
-    """Leave Ctrl-C to the process that this one loads frames for, which ends it by SIGTERM where need be."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    sys.excepthook = lambda *_: None  # a thread of multiprocessing tells that the other end has gone; errors go through torch
+def load_frames(frames: Iterable[Frame], options: Options, pipeline: Callable) -> Iterator[tuple[Frame, dict | str]]:
+    """Frames in their order, with what the test pipeline makes of their pictures, or why they cannot be read."""
+    def load(frame: Frame) -> dict | str:
+        try:
+            image = read_frame(options.root, frame)
+        except UnreadableFrame as error:
+            return str(error)
+        return pipeline(dict(img=image, img_id=0))
+
+    with ThreadPoolExecutor(options.num_workers) as threads:  # decoding and resizing let other threads run
+        ahead = deque()
+        for frame in frames:
+            ahead.append((frame, threads.submit(load, frame)))
+            if len(ahead) > 2 * options.num_workers:
+                frame, loaded = ahead.popleft()
+                yield frame, loaded.result()
+        for frame, loaded in ahead:
+            yield frame, loaded.result()
 
 
-def detect_shard(path: Path, root: Path, frames: list[tuple[str, str, int]], options: Options,
-                 progress: Callable = lambda count: None) -> int:
-    """Detect the people on frames (key, clip, second), write the shard: proposals, and reasons for unreadable frames.
+def detect(frames: list[Frame], options: Options) -> Iterator[tuple[str, np.ndarray | str]]:
+    """The key of every frame with its people, or with the reason why it cannot be read, in any order.
 
-    Frames are loaded by other processes, and go through the detector with others of their size, so that none is padded
-    more than it would be alone.
+    Frames go through the detector with others that are padded to the same size, so that none is padded more than alone.
+    A RuntimeError says on which frame the detector failed.
     """
     import torch
-    options = own_device(options)
-    model, pipeline = load_detector(options)
-    cv2.setNumThreads(1)  # the loading processes are the parallelism
-    loader = torch.utils.data.DataLoader(frames, batch_size=None, num_workers=options.num_workers,
-                                         worker_init_fn=ignore_interrupt,
-                                         collate_fn=functools.partial(load_frame, root, pipeline))
-    proposals, problems, waiting = {}, {}, {}
+    cuda = torch.cuda.is_available()
+    device = options.device or ('cuda:0' if cuda else 'cpu')
+    options = options._replace(device=device, batch_size=options.batch_size or (4 if device == 'cpu' else 8))
+    model, pipeline = start_detector(options)
+    multiple, size, waiting = getattr(model.data_preprocessor, 'pad_size_divisor', 1), options.batch_size, {}
+    at = frames[0]
 
-    def detect(batch: list[tuple[str, dict]]) -> None:
-        try:
-            answers = predict(model, [data for _, data in batch], options)
-        except Exception as error:  # whatever an arbitrary model raises: out of memory, CUDA errors, wrong shapes
-            raise RuntimeError(f'on {batch[0][0]} ({type(error).__name__}: {error})'.replace('\n', ' ')) from error
-        for (key, _), answer in zip(batch, answers):
-            people = people_of(answer, options.score_thr)
-            if len(people):
-                proposals[key] = people.tolist()
-        progress(len(batch))
+    def flush(batch: list[tuple[Frame, dict]]) -> Iterator[tuple[str, np.ndarray]]:
+        nonlocal at, size
+        while batch:
+            at = batch[0][0]
+            part = [data for _, data in batch[:size]]
+            if device != 'cpu':  # an incomplete batch is a new size, for which cuDNN would try all its algorithms
+                part += part[-1:] * (size - len(part))
+            try:
+                answers = predict(model, part, device, options.amp)
+            except torch.cuda.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size //= 2
+                torch.cuda.empty_cache()
+                continue
+            for (frame, _), answer in zip(batch, answers):
+                yield frame.key, people_of(answer, options.score_thr)
+            del batch[:size]
 
-    def load() -> Iterator[tuple[str, dict | str]]:
-        try:
-            try:  # Python drops a Ctrl-C that comes within a fork
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-                loaded = iter(loader)
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-            yield from loaded
-        except Exception as error:  # whatever an arbitrary pipeline raises; a loading process that was killed
-            raise RuntimeError(f'in loading frames ({type(error).__name__}: {error})'.replace('\n', ' ')) from error
-
-    for key, data in load():
-        if isinstance(data, str):
-            problems[key] = data
-            progress(1)
-            continue
-        batch = waiting.setdefault(tuple(data['inputs'].shape), [])
-        batch.append((key, data))
-        if len(batch) == options.batch_size:
-            detect(waiting.pop(tuple(data['inputs'].shape)))
-    for batch in waiting.values():
-        detect(batch)
-    write_shard(path, proposals, problems)
-    return len(frames)
-
-
-def detect_on_all(shards: dict[Path, list[tuple]], root: Path, options: list[Options], bar: tqdm) -> None:
-    """Detect shards on several GPUs, a process each, that take them from one list; a GPU that fails gives its back."""
-    todo, running = list(shards), {}
-    pools = {option: ProcessPoolExecutor(1, get_context('spawn')) for option in options}
     try:
-        while todo or running:
-            # the processes inherit that these are ignored: interruptions are for this one alone
-            handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-            for option in [option for option in pools if option not in running.values()]:
-                if todo:
-                    path = todo.pop(0)
-                    future = pools[option].submit(detect_shard, path, root, shards[path], option)
-                    future.path, running[future] = path, option
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                option = running.pop(future)
-                try:
-                    bar.update(future.result())
-                except (Exception, SystemExit) as error:  # whatever a GPU that is lost, full or not there makes torch raise
-                    tqdm.write(f'{option.device} is given up, the others go on: {error}', file=sys.stderr)
-                    pools.pop(option).shutdown(wait=False)
-                    todo.insert(0, future.path)
-    finally:
-        for process in active_children():
-            process.kill()
-    if todo:
-        raise RuntimeError('on every GPU')
+        for frame, data in load_frames(frames, options, pipeline):
+            at = frame
+            if isinstance(data, str):
+                yield frame.key, data
+                continue
+            padded = tuple(-(-side // multiple) for side in data['inputs'].shape[1:])
+            batch = waiting.setdefault(padded, [])
+            batch.append((frame, data))
+            if sum(map(len, waiting.values())) > MAX_WAITING:
+                batch = max(waiting.values(), key=len)
+            elif len(batch) < size:
+                continue
+            yield from flush(batch)
+        for batch in waiting.values():
+            yield from flush(batch)
+    except Exception as error:  # whatever an arbitrary model or pipeline raises: out of memory, CUDA errors, wrong shapes
+        raise RuntimeError(f'on {at.key} ({type(error).__name__}: {error})'.replace('\n', ' ')) from error
 
 
-def detect_on_cluster(shards: dict[Path, list[tuple]], root: Path, options: Options, address: str, bar: tqdm) -> None:
-    """Detect shards on the workers of a Dask cluster, which keep the model from one shard to the next."""
-    with dask_cluster(address) as client:
-        client.upload_file(__file__)  # as a module: what lies in __main__ would be sent, and the model loaded, every time
+def serve(sender: multiprocessing.connection.Connection, frames: list[Frame], options: Options) -> None:
+    """Send what `detect` yields, then None, or the error that ended it: the work of a process that has a GPU of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    try:
+        for answer in detect(frames, options):
+            sender.send(answer)
+        sender.send(None)
+    except BrokenPipeError:  # the parent is gone
+        pass
+    except (DetectorError, RuntimeError) as error:
+        sender.send(error)
+
+
+def detect_on_gpus(frames: list[Frame], options: Options, devices: list[str]) -> Iterator[tuple[str, np.ndarray | str]]:
+    """Yield what `detect` does, from a process for each device; what a device that is lost leaves goes to the others."""
+    context, left = multiprocessing.get_context('spawn'), {frame.key: frame for frame in frames}
+    while left:
+        running = {}
+        for index, device in enumerate(devices):
+            receiver, sender = context.Pipe(duplex=False)
+            share = list(left.values())[index::len(devices)]
+            process = context.Process(target=serve, args=(sender, share, options._replace(device=device)))
+            process.start()
+            sender.close()  # so that the receiver sees the end when the process dies
+            running[receiver] = device, process
+        try:
+            while running:
+                for receiver in multiprocessing.connection.wait(list(running)):
+                    try:
+                        answer = receiver.recv()
+                    except EOFError:
+                        answer = RuntimeError('its process was killed')
+                    if isinstance(answer, DetectorError):
+                        raise answer
+                    if isinstance(answer, tuple):
+                        del left[answer[0]]
+                        yield answer
+                        continue
+                    device, _ = running.pop(receiver)
+                    if answer is not None:
+                        devices = [other for other in devices if other != device]
+                        if not devices:
+                            raise answer
+                        tqdm.write(f'{device} failed {answer}, continuing on the others', file=sys.stderr)
+        finally:
+            for process in multiprocessing.active_children():
+                process.terminate()
+
+
+def detect_chunk(frames: list[Frame], options: Options) -> list[tuple[str, np.ndarray | str]]:
+    """What `detect` yields, as a list: a task of a cluster, whose workers keep the detector from one to the next."""
+    return list(detect(frames, options))
+
+
+def detect_on_cluster(frames: list[Frame], options: Options, address: str) -> Iterator[tuple[str, np.ndarray | str]]:
+    """Yield what `detect` does, from the workers of a Dask cluster; frames whose workers die again and again are skipped."""
+    try:
+        from distributed import Client, KilledWorker, as_completed
+    except ImportError:
+        sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
+    logging.getLogger('distributed').setLevel(logging.CRITICAL)  # it logs tracebacks of what is told below
+    try:
+        client = Client(address, timeout=10)
+        client.wait_for_workers(1, timeout=30)
+    except (OSError, ValueError) as error:
+        sys.exit(f'error: no Dask scheduler with workers at {address} ({str(error).splitlines()[0]}); start them first')
+    with client:
+        client.upload_file(__file__)  # as a module: what is sent from __main__ would load the detector for every task
         module = importlib.import_module(Path(__file__).stem)
-        answers = Parallel(return_as='generator_unordered', batch_size=1)(
-            delayed(module.detect_shard)(path, root, shard, module.Options(*options)) for path, shard in shards.items())
-        with contextlib.closing(answers):
-            for count in answers:
-                bar.update(count)
+        chunks = [frames[index:index + CHUNK] for index in range(0, len(frames), CHUNK)]
+        tasks = client.map(module.detect_chunk, chunks, options=module.Options(*options), pure=False)
+        todo = dict(zip(tasks, chunks))
+        del tasks
+        for future in as_completed(list(todo)):
+            chunk = todo.pop(future)
+            try:
+                yield from future.result()
+            except KilledWorker:
+                yield from ((frame.key, 'not detected: the workers of the cluster that had it were killed') for frame in chunk)
+            except CancelledError:
+                sys.exit(f'error: the Dask scheduler at {address} went away; what is done is saved, the same command continues')
+
+
+def read_detections(path: Path, detector: dict, score_thr: float) -> dict[tuple, np.ndarray]:
+    """(key, path, size, modification time) of every frame that this detector was run on -> its people (n, 5).
+
+    The file holds JSON lines: one for a detector and its least score, then one for each frame that it was run on, again and
+    again. A line that a kill or a full disk has cut counts for nothing, nor do those up to the next detector's.
+    """
+    known, ours = {}, False
+    if path.exists():
+        with open(path, encoding='utf-8', errors='replace') as file:
+            for line in file:
+                try:
+                    noted = json.loads(line)
+                    if 'detector' in noted:
+                        ours = noted['detector'] == detector and noted['score_thr'] <= score_thr
+                    elif ours:
+                        version = noted['key'], noted['file'], noted['size'], noted['mtime_ns']
+                        known[version] = np.array(noted['people'], float).reshape(-1, 5)
+                except (ValueError, TypeError, KeyError):
+                    ours = False
+    return known
 
 
 class Pickler(pickle.Pickler):
@@ -397,237 +610,145 @@ class Pickler(pickle.Pickler):
         return NotImplemented
 
 
-class Unpickler(pickle.Unpickler):
-    """Reads arrays and plain Python values only: a pickle that names anything else could run code."""
-
-    def find_class(self, module, name):
-        if (module, name) in (('numpy', 'ndarray'), ('numpy', 'dtype')):
-            return getattr(np, name)
-        raise pickle.UnpicklingError(f'{module}.{name} is not allowed')
-
-
-def write_pickle(path: Path, value: object) -> None:
-    with open(path, 'wb') as file:
-        Pickler(file, protocol=4).dump(value)
-
-
-def write_shard(path: Path, proposals: dict[str, list], problems: dict[str, str]) -> None:
-    """Write a shard beside its final name, in a folder of its own since another process may do the same, then rename it."""
-    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
-        part = Path(folder) / path.name
-        part.write_text(json.dumps([proposals, problems], sort_keys=True))
+def write_proposals(path: Path, proposals: dict[str, np.ndarray]) -> None:
+    """Pickle the proposals beside their final name, then rename; a file that holds just these is left as it is."""
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=4).dump(dict(sorted(proposals.items())))
+    if not path.is_file() or path.read_bytes() != buffer.getbuffer():
+        part = path.with_name(f'.{path.name}.part')
+        part.write_bytes(buffer.getbuffer())
         os.replace(part, path)
 
 
-def read_shard(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
-    """A shard's proposals and its unreadable frames, or None where it is not there, or spoilt."""
-    try:
-        proposals, problems = json.loads(path.read_bytes())
-        return {key: np.array(people, float).reshape(-1, 5) for key, people in proposals.items()}, dict(problems)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return None
+def write_report(path: Path, rows: list[tuple]) -> None:
+    """Write what could not be used as a csv, beside its final name, then rename it."""
+    import pandas as pd
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'.{path.name}.part')
+    pd.DataFrame(rows, columns=['video_id', 'timestamp', 'reason']).to_csv(part, index=False, errors='backslashreplace')
+    os.replace(part, path)
 
 
-def digest(path: Path) -> str:
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def read_stamp(stamp: Path, target: Path, inputs: dict) -> list[str] | None:
-    """The keys that could not be read when `target` was made of these inputs, or None if it was not, or was changed."""
-    try:
-        noted = json.loads(stamp.read_text())
-        return noted['unreadable'] if noted == {**noted, **inputs, 'pickle': digest(target)} else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def draw_box(tile: np.ndarray, box: list[float], text: str, colour: tuple, thickness: int, below: bool) -> None:
-    """Draw a relative box and its label on a dark ground, above or below it, into a BGR picture."""
-    height, width = tile.shape[:2]
-    x1, y1, x2, y2 = (np.clip(box, 0, 1) * [width, height, width, height]).round().astype(int).tolist()
-    cv2.rectangle(tile, (x1, y1), (x2, y2), colour, thickness)
-    y = min(y2 + 14, height) if below else max(y1, 14)
-    cv2.rectangle(tile, (x1, y - 14), (x1 + 8 * len(text) + 2, y), (30, 30, 30), -1)
-    cv2.putText(tile, text, (x1 + 2, y - 3), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, 1, cv2.LINE_AA)
-
-
-def draw_preview(path: Path, root: Path, keyframes: dict[tuple[str, int], list], proposals: dict) -> None:
+def draw_preview(path: Path, root: Path, table, proposals: dict[str, np.ndarray]) -> None:
     """Draw up to 12 keyframes, evenly chosen: annotated boxes in green with their actions, proposals in orange."""
-    green, orange, white, dark = (80, 220, 80), (0, 140, 255), (255, 255, 255), 30
-    tile_width, tile_height, margin = 400, 300, 26
-    names, tiles = list(keyframes), []
-    for index in np.unique(np.linspace(0, len(names) - 1, 12).astype(int)):
-        clip, second = names[index]
-        tile = np.full((tile_height, tile_width, 3), dark, np.uint8)
-        cv2.putText(tile, f'{clip} at {second} s', (5, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.45, white, 1, cv2.LINE_AA)
-        image = read_frame(root, clip, second)
-        if not isinstance(image, str):
-            scale = min((tile_width - 6) / image.shape[1], (tile_height - margin) / image.shape[0])
-            image = cv2.resize(image, [max(1, int(side * scale)) for side in image.shape[1::-1]],
-                               interpolation=cv2.INTER_AREA)
-            for *box, score in proposals.get(f'{clip[:-14]},{second:04d}', ()):
-                draw_box(image, box, f'{score:.2f}', orange, 3, True)
-            actions = {}
-            for box, action in keyframes[clip, second]:
-                actions.setdefault(tuple(box), []).append(str(action))
-            for box, numbers in actions.items():
-                draw_box(image, box, ' '.join(numbers), green, 1, False)
-            tile[margin:margin + image.shape[0], :image.shape[1]] = image
-        tiles.append(tile)
-    columns = min(4, len(tiles))
-    tiles += [np.full_like(tiles[0], dark)] * (-len(tiles) % columns)
-    legend = np.full((30, columns * tile_width, 3), dark, np.uint8)
-    cv2.putText(legend, 'annotation: action ids', (5, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.5, green, 1, cv2.LINE_AA)
-    cv2.putText(legend, 'proposal: score', (220, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.5, orange, 1, cv2.LINE_AA)
-    sheet = [legend, *(np.hstack(tiles[index:index + columns]) for index in range(0, len(tiles), columns))]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cv2.imencode(path.suffix, np.vstack(sheet))[1].tobytes())
-
-
-@contextlib.contextmanager
-def workspace(path: Path):
-    """A folder for unfinished files that belongs to this run alone, emptied before and removed after."""
-    path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path / 'lock')  # the kernel lets go when this process ends, however it ends
-    try:
-        lock.acquire(blocking=False)
-    except (filelock.Timeout, FileNotFoundError):  # the latter where the other run has just ended
-        sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
-    try:
-        for leftover in set(path.iterdir()) - {path / 'lock'}:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        lock.release()
-
-
-@contextlib.contextmanager
-def dask_cluster(address: str):
-    """Send joblib's work to the Dask cluster of the scheduler at this address."""
-    try:
-        import distributed
-    except ImportError:
-        sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    logging.disable()  # Dask logs what is told below, with tracebacks
-    try:
-        client = distributed.Client(address, timeout=10)
-        client.wait_for_workers(1, timeout=30)
-    except Exception as error:  # whatever answers at such an address
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        sys.exit(f'error: no Dask scheduler with workers at {address} ({reason}); start them first')
-
-    def submit(task, callback=None):
-        job = submit_quietly(task, callback)
-        job.add_done_callback(lambda job: job.exception() and callback(job.exception()))
-        return job
-
-    with client, parallel_config('dask', client=client):
-        # joblib 1.6 tells nobody of a task whose workers died time and again, and waits for it for ever; it would work
-        # here where one worker has joined so far, and send no more than that many need where others join later
-        backend = get_active_backend()[0]
-        submit_quietly, backend.submit, backend.effective_n_jobs = backend.submit, submit, lambda n_jobs: MAX_DASK_WORKERS
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    label_file = root / 'annotations/ava_action_list_v2.2_for_activitynet_2019.pbtxt'
+    text = label_file.read_text(errors='replace') if label_file.is_file() else ''
+    actions = {int(number): name for name, number in re.findall(r'name: "(.*)"\s+(?:label_)?id: (\d+)', text)}
+    keyframes = table.groupby(['clip', 'second'])
+    chosen = [list(keyframes.groups)[index] for index in np.unique(np.linspace(0, len(keyframes) - 1, 12).astype(int))]
+    figure = Figure(figsize=(16, 3.4 * -(-len(chosen) // 4)), layout='constrained')
+    figure.suptitle('green: annotated boxes with their actions        orange: proposals with their scores', fontsize=11)
+    for number, (clip, second) in enumerate(chosen, 1):
+        axes = figure.add_subplot(-(-len(chosen) // 4), 4, number, frame_on=False, xticks=[], yticks=[])
+        axes.set_title(f'{clip} at {second} s', fontsize=8)
         try:
-            yield client
-        except (CancelledError, distributed.KilledWorker) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            sys.exit(f'error: the Dask cluster at {address} failed ({reason}); mend it, then the same command continues')
+            image = read_frame(root, Frame('', clip, second))
+        except UnreadableFrame as error:
+            axes.text(0, 0.5, error, fontsize=7, wrap=True)
+            continue
+        axes.imshow(image[..., ::-1])
+        height, width = image.shape[:2]
 
-
-def write_report(path: Path, header: list[str], rows: list[tuple]) -> None:
-    """Write a csv beside its final name, then rename it."""
+        def draw(box, label, colour, line_width, end):
+            x1, y1, x2, y2 = np.clip(box, 0, 1) * [width, height, width, height]
+            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=line_width))
+            axes.text(x1, y2 if end else y1, label, fontsize=6, color=colour, va='top' if end else 'bottom',
+                      bbox=dict(facecolor='black', alpha=0.6, linewidth=0, pad=0.5))
+        for *box, score in proposals.get(f'{clip[:-14]},{second:04d}', ()):
+            draw(box, f'{score:.2f}', 'orange', 2.5, True)
+        for box, rows in keyframes.get_group((clip, second)).groupby(['x1', 'y1', 'x2', 'y2']):
+            draw(box, '\n'.join(actions.get(action, str(action)) for action in rows.action), 'lime', 1, False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
-        csv.writer(file, lineterminator='\n').writerows([header, *rows])
-    os.replace(path.with_suffix('.part'), path)
+    figure.savefig(path, dpi=100)
 
 
-def detect_frames(frames: dict[str, tuple[str, int]], folder: Path, options: Options, args: argparse.Namespace
-                  ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Proposals and reasons for unreadable frames, shard by shard; shards that `folder` holds are taken as they are."""
+def identify(args: argparse.Namespace, checkpoint: Path) -> dict:
+    """What makes a detector: digests of its config and its weights, and its precision."""
+    config = json.dumps(load_config(args.config, False).to_dict(), sort_keys=True, default=str)
+    with open(checkpoint, 'rb') as file:
+        weights = hashlib.file_digest(file, 'sha256').hexdigest()
+    return dict(config=hashlib.sha256(config.encode()).hexdigest(), checkpoint=weights, amp=args.amp)
+
+
+def start_detection(frames: list[Frame], args: argparse.Namespace, checkpoint: Path) -> Iterator[tuple[str, np.ndarray | str]]:
+    """Detect on the cluster, on several GPUs, on one or on the CPU, as the arguments say."""
     import torch
+    options = Options(args.avakinetics_root, args.config, checkpoint, '', args.score_thr, args.amp, args.batch_size,
+                      args.num_workers, tuple(frames[:FIRST_FRAMES]))
     visible = torch.cuda.device_count()
-    if args.num_gpus > visible > 0:
+    if (args.num_gpus or 0) > visible > 0:
         print(f'only {visible} of {args.num_gpus} GPUs are visible', file=sys.stderr)
-    gpus = min(args.num_gpus, visible) if args.num_gpus >= 0 else visible
-    devices = [f'cuda:{number}' for number in range(gpus)] if not args.dask_scheduler else []
-    local = [own_device(options._replace(device=device)) for device in devices or ['cpu']]
-    load_detector(local[0])  # a checkpoint that does not fit ends the run here
-    folder.mkdir(parents=True, exist_ok=True)
-    items = [(key, *frame) for key, frame in frames.items()]
-    shards = {folder / f'{index:08d}.json': items[index:index + SHARD] for index in range(0, len(items), SHARD)}
-    todo = {path: shard for path, shard in shards.items() if read_shard(path) is None}
-    with tqdm(total=len(items), initial=len(items) - sum(map(len, todo.values())), desc='detect', unit='frame',
-              delay=1) as bar:
-        try:
-            if args.dask_scheduler:
-                detect_on_cluster(todo, args.avakinetics_root, options, args.dask_scheduler, bar)
-            elif len(local) > 1:
-                detect_on_all(todo, args.avakinetics_root, local, bar)
-            else:
-                for path, shard in todo.items():
-                    detect_shard(path, args.avakinetics_root, shard, local[0], bar.update)
-        except RuntimeError as error:
-            sys.exit(f'error: the detector failed {error}; what is done is saved, the same command continues')
-    proposals, unreadable = {}, {}
-    for path in shards:
-        for whole, part in zip((proposals, unreadable), read_shard(path)):
-            whole.update(part)
-    return proposals, unreadable
+    gpus = visible if args.num_gpus is None else min(args.num_gpus, visible)
+    if args.dask_scheduler or gpus > 1:
+        build_detector(options)  # a checkpoint that does not fit is told here, once
+    if args.dask_scheduler:
+        return detect_on_cluster(frames, options, args.dask_scheduler)
+    if gpus > 1:
+        return detect_on_gpus(frames, options, [f'cuda:{number}' for number in range(gpus)])
+    return detect(frames, options._replace(device='cuda:0' if gpus else 'cpu'))
 
 
-def fetch(args: argparse.Namespace, keyframes: dict, problems: list[tuple], checkpoint: Path, work: Path) -> None:
+def fetch(args: argparse.Namespace) -> None:
     """Detect what is not there yet, write the pickle and the report, say what came of it."""
-    root, target, frames = args.avakinetics_root, args.picklepath, plan_frames(list(keyframes), args.neighbors)
-    config = json.dumps(load_config(args.config).to_dict(), sort_keys=True, default=str)
-    inputs = dict(frames=hashlib.sha256(json.dumps(frames).encode()).hexdigest(),
-                  config=hashlib.sha256(config.encode()).hexdigest(),
-                  checkpoint=digest(checkpoint), score_thr=args.score_thr, amp=args.amp)
-    stamp = target.with_name(f'{target.name}.inputs.json')
-    proposals, left, known = {}, frames, None if args.overwrite else read_stamp(stamp, target, inputs)
-    if known is not None:  # the pickle is there: only frames that could not be read are tried again
-        with open(target, 'rb') as file:
-            proposals, left = Unpickler(file).load(), {key: frames[key] for key in known}
-        print(f'{target} is there already, of the same list and detector; '
-              + (f'{len(left)} unreadable frames are tried again' if left else 'nothing to do'))
+    root, target = args.avakinetics_root, args.picklepath
+    table, problems = read_datalist(args.datalist)
+    keyframes = list(table[['clip', 'second']].drop_duplicates().itertuples(index=False, name=None))
+    if not keyframes:
+        sys.exit(f'error: {args.datalist} holds no annotated keyframe; is it what Step 5 (prepare_annotation.py) wrote?')
+    checkpoint = local_checkpoint(args.checkpoint)
+    detector = identify(args, checkpoint)
+    frames = plan_frames(keyframes, args.neighbors)
+    versions = {frame.key: frame_version(root, frame) for frame in frames}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    notes = target.with_name(f'{target.name}.frames.jsonl')
+    known = {} if args.overwrite else read_detections(notes, detector, args.score_thr)
+    people = {key: known[key, *version] for key, version in versions.items() if version and (key, *version) in known}
+    left, unreadable = [frame for frame in frames if frame.key not in people], {}
     if left:
-        # bound to all inputs: another detector has another folder
-        identity = hashlib.sha256(json.dumps([inputs, sorted(left)]).encode()).hexdigest()[:12]
-        folder = target.with_name(f'{target.name}.{identity}.shards')
-        if args.overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
-        options = Options(args.config, checkpoint, '', args.score_thr, args.amp, args.batch_size, args.num_workers)
-        found, unreadable = detect_frames(left, folder, options, args)
-        proposals.update(found)
-        report = root / f'reports/fetch_proposal_{args.split}.csv'
-        rows = sorted((*key.rsplit(',', 1), reason) for key, reason in unreadable.items()) + problems
-        write_report(report, ['video_id', 'timestamp', 'reason'], rows)
-        if len(unreadable) == len(frames):
-            shutil.rmtree(folder)
-            sys.exit(f'error: not one frame could be read; {report} says why')
-        write_pickle(work / target.name, dict(sorted(proposals.items())))
-        (work / stamp.name).write_text(json.dumps({**inputs, 'unreadable': sorted(unreadable),
-                                                   'pickle': digest(work / target.name)}, indent=1) + '\n')
-        for path in target, stamp:
-            os.replace(work / path.name, path)
-        shutil.rmtree(folder)
+        with open(notes, 'a', encoding='utf-8', buffering=1) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends
+            except BlockingIOError:
+                sys.exit(f'error: another run is at work on {target}; wait for it to end, or set --picklepath')
+            file.write('\n' * (file.tell() > 0) + json.dumps(dict(detector=detector, score_thr=args.score_thr)) + '\n')
+            with tqdm(total=len(frames), initial=len(people), desc='detect', unit='frame', delay=1) as bar:
+                for key, found in start_detection(left, args, checkpoint):
+                    bar.update()
+                    if isinstance(found, str):
+                        unreadable[key] = found
+                        continue
+                    people[key] = found
+                    if versions[key]:
+                        name, size, time = versions[key]
+                        file.write(json.dumps(dict(key=key, file=name, size=size, mtime_ns=time, people=found.tolist())) + '\n')
+    proposals = {key: found[found[:, 4] > args.score_thr] for key, found in people.items()}
+    proposals = {key: found for key, found in proposals.items() if len(found)}
+    report = root / f'reports/fetch_proposal_{args.split}.csv'
+    rows = sorted((*key.rsplit(',', 1), reason) for key, reason in unreadable.items()) + problems
+    write_report(report, rows)
+    if not people:
+        sys.exit(f'error: not one frame could be read; {report} says why')
+    write_proposals(target, proposals)
 
-        print(f'{sum(map(len, proposals.values()))} people on {len(proposals)} of {len(frames)} frames in {target}')
-        bare = sum(f'{clip[:-14]},{second:04d}' not in proposals for clip, second in keyframes)
-        print(f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes the whole frame there')
-        for reason, count in Counter(row[2].split(':')[0] for row in rows).most_common():
-            print(f'  {count} left out: {reason}')
+    print(f'{sum(map(len, proposals.values()))} people on {len(proposals)} of {len(frames)} frames in {target}')
+    done = len(left) - len(unreadable)
+    print(f'  {done} frames detected now, {len(people) - done} before' if left else '  all were detected before; nothing to do')
+    bare = sum(f'{clip[:-14]},{second:04d}' not in proposals for clip, second in keyframes)
+    print(f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes the whole frame there')
+    for reason, count in Counter(row[2].split(':')[0] for row in rows).most_common():
+        print(f'  {count} left out: {reason}')
+    if rows:
         print(f'  report: {report}')
     if args.preview:
-        draw_preview(args.preview, root, keyframes, proposals)
+        draw_preview(args.preview, root, table, proposals)
         print(f'  preview: {args.preview}')
 
 
 def main(argv: list[str] | None = None) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
     args = parse_args(argv)
-    for name in 'avakinetics_root', 'datalist', 'picklepath', 'config':  # a cluster's workers are in other folders
-        setattr(args, name, getattr(args, name).absolute())
     root = args.avakinetics_root
     if not args.datalist.is_file():
         sys.exit(f'error: {args.datalist} not found; do Step 5 (prepare_annotation.py) or set --datalist')
@@ -635,28 +756,20 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 or set --avakinetics_root')
     if not args.config.is_file():
         sys.exit(f'error: {args.config} not found; set --config to an mmdetection config')
-    if args.preview and not cv2.haveImageWriter(args.preview.name):
-        sys.exit(f'error: {args.preview} is no picture name; let --preview end in .jpg or .png')
-    keyframes, problems = read_datalist(args.datalist)
-    if not keyframes:
-        sys.exit(f'error: {args.datalist} holds no annotated keyframe; is it what Step 5 (prepare_annotation.py) wrote?')
-    checkpoint = local_checkpoint(args.checkpoint).absolute()
-    if not checkpoint.is_file():
-        sys.exit(f'error: {checkpoint} not found; set --checkpoint to a file or URL')
-    with workspace(args.picklepath.with_name(f'.{args.picklepath.name}.work')) as work:
-        fetch(args, keyframes, problems, checkpoint, work)
-
-
-if __name__ == '__main__':
+    if args.preview and args.preview.suffix not in ('.jpg', '.png', '.pdf', '.svg'):
+        sys.exit(f'error: {args.preview} is no picture name; let --preview end in .jpg, .png, .pdf or .svg')
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-        main()
+        fetch(args)
+    except DetectorError as error:
+        sys.exit(f'error: {error}')
+    except RuntimeError as error:
+        sys.exit(f'error: the detector failed {error}; what is done is saved, the same command continues')
+    except OSError as error:  # a full disk, missing permissions
+        sys.exit(f'error: {error}; fix it, then the same command continues')
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
-    except OSError as error:  # a full disk, missing permissions
-        sys.exit(f'error: {error}; mend it, then the same command continues')
-    finally:  # nothing is left to interrupt
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,11 +1,12 @@
-"""Frames a second of a plain loop over mmdet's inference_detector and of fetch_proposal.py, in one run.
+"""Frames a second of a plain loop over mmdet's inference_detector and of fetch_proposal.py in several settings, in one run.
 
     python benchmarks/proposals.py                                        # the documented detector, random weights
     python benchmarks/proposals.py --config tests/tiny_detector.py --checkpoint tests/tiny_detector.pth
 
 Same frames, same weights, same device; every figure is the median of several rounds. On a GPU it also gives how busy
-the GPU was and which share of the arithmetic limit (the rate of a large matrix product) was reached. Then the boxes are
-compared. Without --frames, frames are drawn; with random weights the classifier is biased so that there are boxes.
+the GPU was and which share of the arithmetic limit (the rate of a large matrix product) was reached. The boxes of every
+setting are compared with the loop's. Frames are drawn; random weights are biased so that there are boxes. Needs what
+requirements.txt installs, no compiler.
 """
 import argparse
 import platform
@@ -27,7 +28,6 @@ sys.path[:0] = [str(REPO), str(REPO / 'tests')]
 warnings.filterwarnings('ignore')
 import draw  # noqa: E402
 import fetch_proposal  # noqa: E402
-from mmdet.apis import inference_detector  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,11 +44,12 @@ def parse_args() -> argparse.Namespace:
 
 def random_checkpoint(config: Path, folder: Path) -> Path:
     """Random weights for a Cascade R-CNN whose last layers are biased towards the person, so that there are boxes."""
+    fetch_proposal.use_torchvision_operators()
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
     register_all_modules()
     torch.manual_seed(0)
-    model = MODELS.build(fetch_proposal.load_config(config).model)
+    model = MODELS.build(fetch_proposal.load_config(config, True).model)
     for name, value in model.state_dict().items():
         if name.endswith('fc_cls.bias'):
             value[0] += 5
@@ -56,8 +57,8 @@ def random_checkpoint(config: Path, folder: Path) -> Path:
     return folder / 'random.pth'
 
 
-def write_frames(root: Path, count: int) -> list[tuple[str, str, int]]:
-    """Drawn frames of two sizes in clips of four seconds, as (key, clip, second)."""
+def write_frames(root: Path, count: int) -> list[fetch_proposal.Frame]:
+    """Drawn frames of two sizes in clips of four seconds."""
     frames = []
     for scene in range((count + 3) // 4):
         clip = f'scene-{scene:05d}_000000_000004'
@@ -65,7 +66,7 @@ def write_frames(root: Path, count: int) -> list[tuple[str, str, int]]:
         for second in range(4):
             image = draw.draw_frame(scene, second, [(340, 256), (426, 240)][scene % 2])[0]
             cv2.imwrite(str(root / f'rawframes/{clip}/img_{second * 30 + 1:05d}.jpg'), image)
-            frames.append((f'{clip[:11]},{second:04d}', clip, second))
+            frames.append(fetch_proposal.Frame(f'{clip[:11]},{second:04d}', clip, second))
     return frames[:count]
 
 
@@ -97,13 +98,13 @@ def arithmetic_limit(device: str, half: bool) -> float:
     return 10 * 2 * size ** 3 / timed(lambda: [a @ a for _ in range(10)], device)[0]
 
 
-def count_operations(options: fetch_proposal.Options, root: Path, frame: tuple) -> float:
+def count_operations(options: fetch_proposal.Options, frame: fetch_proposal.Frame) -> float:
     """Floating point operations of one frame, multiplications and additions counted apart."""
     from torch.utils.flop_counter import FlopCounterMode
-    model, pipeline = fetch_proposal.load_detector(options)
-    _, data = fetch_proposal.load_frame(root, pipeline, frame)
+    model, pipeline = fetch_proposal.start_detector(options)
+    _, data = next(fetch_proposal.load_frames([frame], options, pipeline))
     with FlopCounterMode(display=False) as counter:
-        fetch_proposal.predict(model, [data], options)
+        fetch_proposal.predict(model, [data], options.device, False)
     return counter.get_total_flops()
 
 
@@ -124,8 +125,29 @@ def largest_difference(a: dict, b: dict, score_thr: float) -> tuple[float, float
     return boxes, scores, alone
 
 
+def settings(gpu: bool, batch_sizes: list[int]) -> list[dict]:
+    """The script's own settings at every batch size, then one thing changed at a time."""
+    own = dict(batch_size=8 if gpu else 4, amp=False, layout=torch.channels_last, autotuning=True, tf32=False)
+    changes = [dict(batch_size=size) for size in batch_sizes] + [dict(layout=torch.contiguous_format)]
+    if gpu:
+        changes += [dict(autotuning=False), dict(tf32=True)]
+    changes += [dict(amp=True), dict(amp=True, layout=torch.contiguous_format)]
+    if gpu:
+        changes += [dict(amp=True, batch_size=size) for size in batch_sizes if size > 8]
+    return [{**own, **change} for change in changes]
+
+
+def describe(setting: dict) -> str:
+    words = [f'batch size {setting["batch_size"]}']
+    words += ['--amp'] * setting['amp'] + ['TF32 products'] * setting['tf32']
+    words += ['NCHW'] * (setting['layout'] == torch.contiguous_format) + ['no autotuning'] * (not setting['autotuning'])
+    return ', '.join(words)
+
+
 def main() -> None:
     args = parse_args()
+    fetch_proposal.use_torchvision_operators()
+    from mmdet.apis import inference_detector
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         frames = write_frames(root, args.frames)
@@ -134,39 +156,41 @@ def main() -> None:
         name = torch.cuda.get_device_name(args.device) if gpu else f'{platform.processor() or platform.machine()} CPU'
         print(f'{name}, torch {torch.__version__}, {torch.get_num_threads()} threads; {args.config.name}, '
               f'{len(frames)} frames of 340x256 and 426x240, median of {args.rounds} rounds')
-        base = fetch_proposal.Options(args.config, checkpoint, args.device, 0.7 if args.checkpoint else 0.05, False, 1, 0)
+        base = fetch_proposal.Options(root, args.config.absolute(), checkpoint.absolute(), args.device,
+                                      0.7 if args.checkpoint else 0.05, False, 1, 4, ())
+        model, _ = fetch_proposal.build_detector(base)
+        model.cfg = fetch_proposal.load_config(base.config, True)
+        model.to(args.device)
 
         def loop() -> dict:
-            model, _ = fetch_proposal.load_detector(base)
             found = {}
-            for key, clip, second in frames:
-                path = root / f'rawframes/{clip}/img_{second * 30 + 1:05d}.jpg'
-                people = fetch_proposal.people_of(inference_detector(model, str(path)), base.score_thr)
-                if len(people):
-                    found[key] = people
+            for frame in frames:
+                answer = inference_detector(model, str(fetch_proposal.frame_file(root, frame)))
+                found[frame.key] = fetch_proposal.people_of(answer, base.score_thr)
             return found
 
         expected = loop()  # also warms up
         print(f'{sum(map(len, expected.values()))} boxes above {base.score_thr}\n')
         plain = [timed(loop, args.device)[0] for _ in range(args.rounds)]
-        operations = count_operations(base, root, frames[0])
+        model = None  # frees the device's memory
+        operations = count_operations(base, frames[0])
         limit = {half: arithmetic_limit(args.device, half) for half in ((False, True) if gpu else (False,))}
-        print(f'{"":<28}{"frames/s":>10}{"ratio":>8}{"GPU busy":>10}{"of limit":>10}   boxes, scores, alone')
-        print(f'{"inference_detector loop":<28}{len(frames) / statistics.median(plain):>10.2f}{1:>8.2f}'
+        print(f'{"":<36}{"frames/s":>10}{"ratio":>8}{"GPU busy":>10}{"of limit":>10}   boxes, scores, alone')
+        print(f'{"inference_detector loop":<36}{len(frames) / statistics.median(plain):>10.2f}{1:>8.2f}'
               f'{"":>10}{operations * len(frames) / statistics.median(plain) / limit[False]:>10.1%}')
-        for amp in (False, True) if gpu else (False,):
-            for batch_size in args.batch_sizes:
-                options = base._replace(batch_size=batch_size, amp=amp, num_workers=4 if gpu else 1)
-                shard = root / 'shard.pkl'
-                fetch_proposal.detect_shard(shard, root, frames, options)  # warms up: cuDNN tries each size
-                runs = [timed(lambda: fetch_proposal.detect_shard(shard, root, frames, options), args.device)
-                        for _ in range(args.rounds)]
-                seconds, busy = (statistics.median(run[i] for run in runs) for i in (0, 1))
-                found = largest_difference(fetch_proposal.read_shard(shard)[0], expected, base.score_thr)
-                print(f'{f"batch size {batch_size}" + (", --amp" if amp else ""):<28}{len(frames) / seconds:>10.2f}'
-                      f'{statistics.median(plain) / seconds:>8.2f}{"" if not gpu else f"{busy:.0f} %":>10}'
-                      f'{operations * len(frames) / seconds / limit[amp]:>10.1%}   '
-                      f'{found[0]:.1e}, {found[1]:.1e}, {found[2]}', flush=True)
+        for setting in settings(gpu, args.batch_sizes):
+            options = base._replace(batch_size=setting['batch_size'], amp=setting['amp'])
+            fetch_proposal.start_detector(options)[0].to(memory_format=setting['layout'])
+            torch.backends.cudnn.benchmark = setting['autotuning']
+            torch.backends.cuda.matmul.allow_tf32 = setting['tf32']
+            found = dict(fetch_proposal.detect(frames, options))  # warms up: cuDNN tries each size
+            runs = [timed(lambda: list(fetch_proposal.detect(frames, options)), args.device) for _ in range(args.rounds)]
+            seconds, busy = (statistics.median(run[i] for run in runs) for i in (0, 1))
+            shifts = largest_difference(found, expected, base.score_thr)
+            rate = operations * len(frames) / seconds
+            print(f'{describe(setting):<36}{len(frames) / seconds:>10.2f}{statistics.median(plain) / seconds:>8.2f}'
+                  f'{"" if not gpu else f"{busy:.0f} %":>10}{rate / limit[gpu and setting["amp"]]:>10.1%}   '
+                  f'{shifts[0]:.1e}, {shifts[1]:.1e}, {shifts[2]}', flush=True)
 
 
 if __name__ == '__main__':

@@ -1,140 +1,13 @@
-"""What the tests share: the scripts as a user runs them, and numbered sources of every kind that Kinetics-700 holds."""
-import csv
-import hashlib
-import os
+"""Where the tests find the scripts and each other, and the fixtures that they share."""
 import signal
-import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 REPO = Path(__file__).parent.parent
 sys.path[:0] = [str(REPO / 'tests'), str(REPO / 'benchmarks'), str(REPO)]
-import draw  # noqa: E402
-
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would the steps
-
-
-def run(script, *arguments, code=0, **options) -> subprocess.CompletedProcess:
-    """Run one of the scripts as a user does; fails where the exit code is another, or where a traceback is shown."""
-    done = subprocess.run([sys.executable, str(REPO / script), *map(str, arguments)], capture_output=True, text=True,
-                          timeout=600, **options)
-    assert 'Traceback' not in done.stdout + done.stderr, done.stderr
-    assert done.returncode == code, f'{done.returncode}\n{done.stdout}\n{done.stderr}'
-    return done
-
-
-def errors(done: subprocess.CompletedProcess) -> str:
-    """What a failed run says: exactly one line that starts with `error: `."""
-    lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
-    assert len(lines) == 1, done.stderr
-    assert done.stderr.strip().splitlines()[-1] == lines[0], done.stderr
-    return lines[0]
-
-
-def refused(main, *arguments) -> str:
-    """What a script's main function says when it ends with an error: one line. In this process, since imports take seconds."""
-    with pytest.raises(SystemExit) as refusal:
-        main([str(argument) for argument in arguments])
-    assert refusal.value.code.startswith('error: ') and '\n' not in refusal.value.code
-    return refusal.value.code
-
-
-def snapshot(folder: Path) -> dict[str, str]:
-    """Every file and link under a folder, with the digest of its content."""
-    tree = {}
-    for path in sorted(Path(folder).rglob('*')):
-        name = str(path.relative_to(folder))
-        if path.is_symlink():
-            tree[name] = '-> ' + os.readlink(path)
-        elif path.is_file():
-            tree[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return tree
-
-
-def read_csv(path: Path) -> list[list[str]]:
-    with open(path, newline='') as file:
-        return list(csv.reader(file))
-
-
-def annotation_rows(video: str, second: float, count: int = 1) -> str:
-    """Lines of an AVA-Kinetics csv; with a count of 0 the row of two columns."""
-    if not count:
-        return f'{video},{second:.6f}\n'
-    return ''.join(f'{video},{second:.6f},0.1{index}00,0.2,0.5,0.9,{12 + index}\n' for index in range(count))
-
-
-SIZE = (160, 120)
-# what a source is like where it differs from 10 s of 30 fps, H.264, mp4, without sound
-VARIANTS = {
-    '15 fps': dict(fps=15),
-    '20 fps': dict(fps=20),
-    '23.976 fps': dict(fps='24000/1001'),
-    '24 fps': dict(fps=24),
-    '25 fps': dict(fps=25),
-    '28 fps': dict(fps=28),
-    '29.97 fps': dict(fps='30000/1001'),
-    '30 fps': dict(),
-    '50 fps': dict(fps=50),
-    '59.94 fps': dict(fps='60000/1001'),
-    '60 fps': dict(fps=60),
-    'variable rate mp4': dict(fps=50, drop=True),
-    'variable rate mkv': dict(fps=50, drop=True, suffix='mkv'),
-    'sound 0.1 s early': dict(lead=0.1),
-    'sound 1 s early': dict(lead=1.0, seconds=9),
-    'mkv with sound': dict(fps=25, suffix='mkv', sound=True),
-    'webm': dict(fps=25, suffix='webm', options=('-c:v', 'libvpx', '-deadline', 'realtime', '-cpu-used', '8',
-                                                 '-b:v', '1M')),
-    'first timestamp 1.5 s': dict(options=('-output_ts_offset', '1.5'), suffix='mkv'),
-    'transport stream': dict(fps=25, suffix='ts', sound=True),
-    'rotated': dict(rotate=True),
-    'odd sides': dict(size=(161, 121), options=('-pix_fmt', 'yuv444p')),
-    'B-frames, one key frame': dict(options=('-preset', 'medium', '-bf', '5', '-g', '900')),
-    'key frames only': dict(options=('-g', '1')),
-    'ends 0.7 s early': dict(seconds=9.3),
-    '10 bits': dict(options=('-pix_fmt', 'yuv420p10le')),
-    'full range': dict(options=('-pix_fmt', 'yuvj420p')),
-}
-
-
-def number_times(variant: dict) -> dict[int, float]:
-    """Frame number -> source time in seconds of the pictures that a variant holds."""
-    fps = Fraction(variant.get('fps', 30))
-    numbers = range(round(variant.get('seconds', 10) * fps))
-    if variant.get('drop'):  # by turns every third picture, every one, every other one
-        numbers = [n for n in numbers if n % (3 - 2 * (n // 40) % 3) == 0]
-    lead = variant.get('lead', 0)
-    return {n: float(n / fps) + (lead if lead > 0.2 else 0) for n in numbers}
-
-
-def numbered_source(path: Path, variant: dict) -> None:
-    """Encode ten seconds (or variant['seconds']) of numbered pictures; frame n is due at n / fps."""
-    size, fps = variant.get('size', SIZE), variant.get('fps', 30)
-    times = number_times(variant)
-
-    def frames():
-        for number in range(max(times) + 1):
-            image = np.full((size[1], size[0], 3), 90, np.uint8)
-            image[:, number % size[0]] = (0, 200, 200)
-            draw.stamp(image, number)
-            yield np.rot90(image) if variant.get('rotate') else image
-
-    before, inputs, options = [], [], list(variant.get('options', ()))
-    if 'lead' in variant:
-        before += ['-itsoffset', str(variant['lead'])]
-    if 'lead' in variant or variant.get('sound'):
-        inputs += ['-f', 'lavfi', '-t', '10', '-i', 'sine=frequency=440']
-        options += ['-map', '0:v', '-map', '1:a', '-c:a', 'aac']
-    if variant.get('drop'):
-        options += ['-vf', "select='not(mod(n,3-mod(2*trunc(n/40),3)))'", '-fps_mode', 'vfr']
-    if variant.get('rotate'):
-        before += ['-noautorotate', '-display_rotation', '-90']
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stored = size[::-1] if variant.get('rotate') else size
-    draw.encode(path, frames(), fps, stored, before, inputs, options)
 
 
 @pytest.fixture
@@ -143,10 +16,3 @@ def world(tmp_path):
     for name in 'ava_kinetics_v1_0', 'kinetics700', 'root':
         (tmp_path / name).mkdir()
     return tmp_path
-
-
-def empty_frames(folder: Path, clip: str, count: int | None = None) -> None:
-    """A clip folder with as many (empty) frames as its name says, or with `count`."""
-    (folder / clip).mkdir(parents=True)
-    for index in range(1, ((int(clip[-6:]) - int(clip[-13:-7])) * 30 if count is None else count) + 1):
-        (folder / clip / f'img_{index:05d}.jpg').touch()

@@ -36,7 +36,8 @@ SEEDS = [
     b'\2aaaaaaaaaaa_000003_000007,5,0.1,0.2,0.5,0.9,12,-1\n',
     b'\3' + sample_world.fair_pickle(PROPOSALS),
     *(b'\3' + pickle.dumps(PROPOSALS, protocol) for protocol in range(6)),
-    b'\4[{"aaaaaaaaaaa,0005": [[0.1, 0.2, 0.5, 0.9, 0.8]]}, {"a": "b"}]',
+    b'\4{"detector": {}, "score_thr": 0.7}\n'
+    b'{"key": "aaaaaaaaaaa,0005", "file": "a", "size": 1, "mtime_ns": 2, "people": [[0.1, 0.2, 0.5, 0.9, 0.8]]}',
 ]
 
 
@@ -61,8 +62,8 @@ def read_list(data: bytes) -> None:
 
 def read_datalist(data: bytes) -> None:
     FILE.write_bytes(data)
-    keyframes, _ = fetch_proposal.read_datalist(FILE)
-    for key, (clip, second) in fetch_proposal.plan_frames(list(keyframes), 1).items():
+    table, _ = fetch_proposal.read_datalist(FILE)
+    for key, clip, second in fetch_proposal.plan_frames(list(zip(table['clip'], table['second'])), 1):
         assert key == f'{clip[:11]},{second:04d}' and int(clip[12:18]) <= second < int(clip[19:25])
     problems = []
     rows = list(merge_annotations.read_rows(FILE, merge_annotations.CLIP, problems))
@@ -78,12 +79,12 @@ def read_proposals(data: bytes) -> None:
     softlink_ava.count_proposals(FILE)
 
 
-def read_shard(data: bytes) -> None:
+def read_detections(data: bytes) -> None:
     FILE.write_bytes(data)
-    fetch_proposal.read_shard(FILE)
+    fetch_proposal.read_detections(FILE, {}, 0.7)
 
 
-READERS = read_annotations, read_list, read_datalist, read_proposals, read_shard
+READERS = read_annotations, read_list, read_datalist, read_proposals, read_detections
 
 
 def forbidden(event: str, arguments: tuple) -> None:

@@ -9,7 +9,7 @@ import decord
 import pytest
 
 import draw
-from conftest import annotation_rows, errors, numbered_source, read_csv, run, snapshot
+from helpers import annotation_rows, errors, numbered_source, read_csv, run, snapshot
 
 SOURCES = {'a b (c)/aaaaaaaaaaa_000100_000110.mp4': {}, "d'e/-b_b_b_b_b__000000_000010.mkv": dict(fps=25, suffix='mkv'),
            'x/ccccccccccc_000050_000060.mp4': {}, 'y/ccccccccccc_000053_000063.mp4': {},

@@ -10,8 +10,7 @@ import time
 
 import pytest
 
-from conftest import REPO, annotation_rows, errors, numbered_source, read_csv, run, snapshot
-from test_fetch import TINY, assert_same_people, load, write_root
+from helpers import (REPO, TINY, annotation_rows, assert_same_people, errors, load, numbered_source, read_csv, run, snapshot, write_root)
 
 VIDEOS = 12
 
@@ -99,10 +98,10 @@ def test_archives_on_a_cluster(job, shared, tmp_path):
     assert snapshot(tmp_path / 'here/videos') == snapshot(job / 'root/videos')
 
 
-def fetch_in_small_shards(root, *options) -> None:
-    """Step 6 with shards of four frames, in a process of its own."""
+def fetch_in_small_chunks(root, *options) -> None:
+    """Step 6 with chunks of four frames, in a process of its own."""
     program = (
-        f'import sys; sys.path.insert(0, {str(REPO)!r}); import fetch_proposal; fetch_proposal.SHARD = 4; fetch_proposal.main()'
+        f'import sys; sys.path.insert(0, {str(REPO)!r}); import fetch_proposal; fetch_proposal.CHUNK = 4; fetch_proposal.main()'
     )
     done = subprocess.run(
         [sys.executable, '-c', program, f'--avakinetics_root={root}', *options],
@@ -133,13 +132,14 @@ class NotingDetector(CascadeRCNN):
             file.write(f'{{os.getpid()}}\\n')
 """)
     options = [f'--config={tmp_path}/noting.py', TINY[1]]
-    fetch_in_small_shards(tmp_path / 'root', *options)
+    fetch_in_small_chunks(tmp_path / 'root', *options)
     (tmp_path / 'root/kinetics_proposal.pkl').rename(tmp_path / 'whole.pkl')
     (tmp_path / 'built').unlink()
+    (tmp_path / 'root/kinetics_proposal.pkl.frames.jsonl').unlink()
     os.environ['PYTHONPATH'] = str(tmp_path)
     try:
         with cluster(tmp_path) as (address, _):
-            fetch_in_small_shards(tmp_path / 'root', *options, f'--dask_scheduler={address}')
+            fetch_in_small_chunks(tmp_path / 'root', *options, f'--dask_scheduler={address}')
     finally:
         del os.environ['PYTHONPATH']
     found, expected = load(tmp_path / 'root/kinetics_proposal.pkl'), load(tmp_path / 'whole.pkl')
@@ -147,7 +147,7 @@ class NotingDetector(CascadeRCNN):
     for key, boxes in found.items():
         assert_same_people(boxes, expected[key])
     built = (tmp_path / 'built').read_text().split()
-    assert len(built) == len(set(built)) == 3  # nine shards
+    assert len(built) == len(set(built)) == 3  # nine chunks
 
 
 def started(command: list, job, root) -> subprocess.Popen:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import draw
-from conftest import (REPO, SIZE, VARIANTS, annotation_rows, errors, number_times, numbered_source, read_csv, run,
+from helpers import (REPO, SIZE, VARIANTS, annotation_rows, errors, number_times, numbered_source, read_csv, run,
                       snapshot)
 
 # Kinetics-700 class names, with what shells and splitting at spaces stumble over

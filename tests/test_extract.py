@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import draw
-from conftest import errors, numbered_source, read_csv, run, snapshot
+from helpers import errors, numbered_source, read_csv, run, snapshot
 
 
 def make_clip(root, name, seconds=2, **variant):

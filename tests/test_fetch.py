@@ -17,55 +17,19 @@ from mmengine import Config
 
 import draw
 import fetch_proposal
-from conftest import REPO, errors, read_csv, refused, run, snapshot
+from helpers import (FRAME_SIZES, REPO, TINY, assert_same_people, errors, load, overlap, read_csv, refused, run, snapshot,
+                     write_root)
 
-TINY = [f'--config={REPO}/tests/tiny_detector.py', f'--checkpoint={REPO}/tests/tiny_detector.pth']
-
+FRAMES = 'kinetics_proposal.pkl.frames.jsonl'
 
 def fetch(root, *options, **kwargs):
     return run('fetch_proposal.py', f'--avakinetics_root={root}', *TINY, *options, **kwargs)
 
 
-def load(path):
-    with open(path, 'rb') as file:
-        return pickle.load(file)
-
-
-def overlap(a, b):
-    """IoU of every box of a (n, 4) with every box of b (m, 4)."""
-    corner, end = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
-    both = np.clip(end - corner, 0, None).prod(-1)
-    return both / ((a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1)[None] - both)
-
-
-def assert_same_people(a, b):
-    """As many boxes, and boxes and scores within 2e-3: batches of another make-up may round otherwise."""
-    assert a.shape == b.shape
-    np.testing.assert_allclose(a[a[:, 0].argsort()], b[b[:, 0].argsort()], atol=2e-3)
-
-
-SIZES = [(340, 256), (426, 240), (320, 240), (456, 256)]
-
-
-def write_root(root, scenes):
-    """Clips of four seconds with only the frames that Step 6 reads, one annotated keyframe each."""
-    rows = ''
-    for scene in scenes:
-        clip = f'scene-{scene:05d}_000010_000014'
-        (root / 'rawframes' / clip).mkdir(parents=True)
-        for second in range(4):
-            image, boxes = draw.draw_frame(scene, second, SIZES[scene % 4])
-            cv2.imwrite(str(root / f'rawframes/{clip}/img_{second * 30 + 1:05d}.jpg'), image)
-            if second == 2:
-                rows += ''.join('{},12,{:.3f},{:.3f},{:.3f},{:.3f},12,-1\n'.format(clip, *box) for box in boxes)
-    (root / 'kinetics_train.csv').write_text(rows)
-    return root
-
-
 @pytest.fixture(scope='module')
 def fetched(tmp_path_factory):
     root = write_root(tmp_path_factory.mktemp('fetched'), range(70))
-    return root, fetch(root, f'--preview={root}/preview.jpg')
+    return root, fetch(root, f'--preview={root}/preview.png')
 
 
 @pytest.fixture(scope='module')
@@ -98,7 +62,7 @@ def test_neighbours_outside_the_clip_are_left_out(tmp_path):
 def test_the_drawn_people_are_found(fetched):
     proposals, good = load(fetched[0] / 'kinetics_proposal.pkl'), 0
     for scene in range(70):
-        people = draw.figure_boxes(scene, 2, SIZES[scene % 4])
+        people = draw.figure_boxes(scene, 2, FRAME_SIZES[scene % 4])
         found = proposals[f'scene-{scene:05d},0012'][:, :4]
         good += len(found) == len(people) and (overlap(people, found).max(1) > 0.7).all()
     assert good >= 67  # of 70, 95 %
@@ -106,6 +70,7 @@ def test_the_drawn_people_are_found(fetched):
 
 @pytest.fixture(scope='module')
 def tiny():
+    fetch_proposal.use_torchvision_operators()
     from mmdet.apis import init_detector
     return init_detector(f'{REPO}/tests/tiny_detector.py', f'{REPO}/tests/tiny_detector.pth', device='cpu')
 
@@ -117,31 +82,57 @@ def test_boxes_are_those_of_inference_detector(fetched, tiny):
         path = root / f'rawframes/scene-{scene:05d}_000010_000014/img_{second * 30 + 1:05d}.jpg'
         result = inference_detector(tiny, str(path)).pred_instances.numpy()
         chosen = (result.labels == 0) & (result.scores > 0.7)
-        width, height = SIZES[scene % 4]
+        width, height = FRAME_SIZES[scene % 4]
         expected = np.hstack([np.clip(result.bboxes[chosen] / [width, height, width, height], 0, 1),
                               result.scores[chosen, None]])
         found = proposals[f'scene-{scene:05d},00{10 + second}']
         assert_same_people(found, expected)
 
 
-def test_preview_shows_annotations_and_proposals(fetched):
-    sheet = cv2.imread(str(fetched[0] / 'preview.jpg')).astype(int)
-    assert sheet.shape == (930, 1600, 3)
-    green = (abs(sheet - [80, 220, 80]).sum(-1) < 60).sum()
-    orange = (abs(sheet - [0, 140, 255]).sum(-1) < 60).sum()
-    assert green > 1000 and orange > 1000
+def test_preview_shows_annotations_and_proposals(fetched, tmp_path):
+    sheet = cv2.imread(str(fetched[0] / 'preview.png')).astype(int)
+    assert sheet.shape == (1020, 1600, 3)
+    lime = (abs(sheet - [0, 255, 0]).sum(-1) < 90).sum()
+    orange = (abs(sheet - [0, 165, 255]).sum(-1) < 90).sum()
+    assert lime > 1000 and orange > 1000
+    (fetched[0] / 'annotations').mkdir()
+    (fetched[0] / 'annotations/ava_action_list_v2.2_for_activitynet_2019.pbtxt').write_text(
+        'item {\n  name: "stand"\n  id: 12\n}\nitem {\n  name: "talk to (e.g., self)"\n  id: 79\n}\n')
+    fetch(fetched[0], f'--preview={tmp_path}/preview.svg')  # in which matplotlib notes what it writes
+    text = (tmp_path / 'preview.svg').read_text()
+    assert '<!-- stand -->' in text and '<!-- scene-00000_000010_000014 at 12 s -->' in text and '<!-- 12 -->' not in text
 
 
-def test_second_run_changes_nothing_and_another_detector_does_not_mix(small, tmp_path):
+def test_second_run_changes_nothing(small, tmp_path):
     root = tmp_path / 'root'
     shutil.copytree(small, root)
     before = snapshot(root)
     assert 'nothing to do' in fetch(root).stdout
     assert snapshot(root) == before
-    (root / 'kinetics_proposal.pkl.inputs.json').write_text('{"torn')
-    assert '24 of 24 frames' in fetch(root).stdout and snapshot(root) == before
     (root / 'kinetics_proposal.pkl').write_bytes(b'of another program')
-    assert '24 of 24 frames' in fetch(root).stdout and snapshot(root) == before
+    assert 'nothing to do' in fetch(root).stdout and snapshot(root) == before
+
+
+def test_what_a_kill_or_a_disk_has_spoilt_is_detected_again(small, tmp_path):
+    """Of the file of detections the first half is whole: its frames are kept, and nothing else is believed."""
+    root = tmp_path / 'root'
+    shutil.copytree(small, root)
+    lines = (root / FRAMES).read_text().splitlines(keepends=True)
+    assert len(lines) == 25  # the detector and 24 frames
+    expected = load(root / 'kinetics_proposal.pkl')
+    for spoilt in lines[13][:40], '\0' * 100 + '\n' + lines[14], '[1, 2]\n' + lines[14], '{"key": 3}\n' + lines[14]:
+        (root / FRAMES).write_text(''.join(lines[:13]) + spoilt)
+        assert '12 frames detected now, 12 before' in fetch(root).stdout
+        for key, boxes in load(root / 'kinetics_proposal.pkl').items():
+            assert_same_people(boxes, expected[key])
+        assert 'nothing to do' in fetch(root).stdout
+
+
+def test_detectors_do_not_mix(small, tmp_path):
+    """Another detector in between, and the first one's detections are still known."""
+    root = tmp_path / 'root'
+    shutil.copytree(small, root)
+    before = (root / 'kinetics_proposal.pkl').read_bytes()
     other = torch.load(f'{REPO}/tests/tiny_detector.pth', weights_only=True)
     other['state_dict'] = {'module.' + name: value * (0 if 'fc_cls' in name else 1)  # saved by data parallel training
                            for name, value in other['state_dict'].items()}
@@ -149,6 +140,52 @@ def test_second_run_changes_nothing_and_another_detector_does_not_mix(small, tmp
     done = run('fetch_proposal.py', f'--avakinetics_root={root}', TINY[0], f'--checkpoint={tmp_path}/blind.pth')
     assert '0 people on 0 of 24 frames' in done.stdout and '8 of 8 annotated keyframes' in done.stdout
     assert load(root / 'kinetics_proposal.pkl') == {}
+    assert 'nothing to do' in fetch(root).stdout
+    assert (root / 'kinetics_proposal.pkl').read_bytes() == before
+    assert '24 frames detected now, 0 before' in fetch(root, '--amp').stdout
+    assert '24 frames detected now, 0 before' in fetch(root, '--score_thr=0.3').stdout
+    assert 'nothing to do' in fetch(root, '--score_thr=0.5').stdout
+    assert '24 frames detected now, 0 before' in fetch(root, '--overwrite').stdout
+
+
+def test_only_what_is_new_is_detected(tmp_path):
+    """Neighbours, a longer list, a shorter one, changed frames."""
+    root = write_root(tmp_path, range(3))
+    table = (root / 'kinetics_train.csv').read_text()
+    (root / 'kinetics_train.csv').write_text(''.join(line for line in table.splitlines(True) if 'scene-00002' not in line))
+    assert '2 frames detected now, 0 before' in fetch(root, '--neighbors=0').stdout
+    assert '4 frames detected now, 2 before' in fetch(root).stdout
+    (root / 'kinetics_train.csv').write_text(table)
+    assert '3 frames detected now, 6 before' in fetch(root).stdout
+    whole = load(root / 'kinetics_proposal.pkl')
+    (root / 'kinetics_train.csv').write_text(table.splitlines(True)[0])
+    assert 'nothing to do' in fetch(root).stdout
+    assert load(root / 'kinetics_proposal.pkl').keys() == {f'scene-00000,00{second}' for second in (11, 12, 13)}
+    (root / 'kinetics_train.csv').write_text(table)
+    assert 'nothing to do' in fetch(root).stdout
+    assert load(root / 'kinetics_proposal.pkl').keys() == whole.keys()
+    frame = root / 'rawframes/scene-00001_000010_000014/img_00061.jpg'
+    shutil.copy(root / 'rawframes/scene-00002_000010_000014/img_00061.jpg', frame)
+    assert '1 frames detected now, 8 before' in fetch(root).stdout
+    changed = load(root / 'kinetics_proposal.pkl')
+    assert {key for key in whole if not np.array_equal(whole[key], changed[key])} == {'scene-00001,0012'}
+    found = overlap(changed['scene-00001,0012'][:, :4], whole['scene-00002,0012'][:, :4])
+    assert found.shape[0] == found.shape[1] and (found.max(1) > 0.8).all()
+
+
+def test_another_run_on_the_same_pickle_is_refused(small, tmp_path):
+    root = tmp_path / 'root'
+    shutil.copytree(small, root)
+    program = ('import fcntl, sys, time; file = open(sys.argv[1], "a"); fcntl.flock(file, fcntl.LOCK_EX); print("locked", '
+               'flush=True); time.sleep(600)')
+    other = subprocess.Popen([sys.executable, '-c', program, str(root / FRAMES)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == 'locked\n'
+        assert f'another run is at work on {root}/kinetics_proposal.pkl;' in errors(fetch(root, '--overwrite', code=1))
+    finally:
+        other.kill()
+    other.wait()
+    fetch(root, '--overwrite')
 
 
 def test_unreadable_frames_cost_themselves_only(small, tmp_path):
@@ -173,8 +210,12 @@ def test_unreadable_frames_cost_themselves_only(small, tmp_path):
     for key, boxes in load(root / 'kinetics_proposal.pkl').items():
         assert_same_people(boxes, expected[key])
     before = snapshot(root)
-    assert '3 unreadable frames are tried again' in fetch(root).stdout
+    again = fetch(root).stdout
+    assert '0 frames detected now, 21 before' in again and '3 left out: unreadable frame' in again
+    (root / FRAMES).unlink()  # the detector's name stands there once more
+    before.pop(FRAMES)
     assert snapshot(root) == before
+    shutil.copy(small / FRAMES, root / FRAMES)
     for scene in range(3):
         name = f'rawframes/scene-{scene:05d}_000010_000014/img_00061.jpg'
         shutil.copy(small / name, root / name)
@@ -186,7 +227,7 @@ def test_unreadable_frames_cost_themselves_only(small, tmp_path):
 
 
 def test_a_failing_model_ends_the_run_with_what_was_saved(fetched, tmp_path):
-    """A head that breaks on tall pictures only: the shard before stays, the same command continues."""
+    """A head that breaks on tall pictures only: what was found before stays, the same command continues."""
     root = write_root(tmp_path / 'root', range(3))
     (tmp_path / 'failing.py').write_text(f"""_base_ = '{REPO}/tests/tiny_detector.py'
 custom_imports = dict(imports=['failing_detector'])
@@ -261,34 +302,35 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
     assert not (tmp_path / 'pwned').exists()
     message = refusal(config=f'--config={REPO}/X-101-64x4d-FPN.py')
     assert 'does not fit the config' in message and 'backbone.' in message
-    for option in '--neighbors=-1', '--batch_size=0', '--score_thr=1':
+    for option in '--neighbors=-1', '--batch_size=0', '--score_thr=1', '--num_workers=0', '--num_gpus=-1':
         assert 'must be' in refusal(option)
 
 
 def test_killed_and_run_again(tmp_path):
-    """36 frames in shards of 12: killed in the second, the first is not computed again."""
+    """Killed after the first frames: these are not detected again."""
     root = write_root(tmp_path, range(12))
-    program = (f'import sys; sys.path.insert(0, {str(REPO)!r}); import fetch_proposal; fetch_proposal.SHARD = 12; '
-               'fetch_proposal.main()')
-    command = [sys.executable, '-c', program, f'--avakinetics_root={root}', *TINY]
+    command = [sys.executable, str(REPO / 'fetch_proposal.py'), f'--avakinetics_root={root}', *TINY]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(root.glob('*.shards/00000000.json')):
-        time.sleep(0.005)
+    deadline = time.monotonic() + 60
+    while not (root / FRAMES).is_file() or (root / FRAMES).read_text().count('people') < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    first = next(root.glob('*.shards/00000000.json'))
-    kept, problems = json.loads(first.read_text())
-    assert len(kept) == 12 and not problems and not (root / 'kinetics_proposal.pkl').exists()
-    for person in kept[min(kept)]:
-        person[4] = 0.875  # a mark that only a shard which was kept can leave
-    first.write_text(json.dumps([kept, {}]))
+    assert not (root / 'kinetics_proposal.pkl').exists()
+    lines = (root / FRAMES).read_text().splitlines()
+    kept = [json.loads(line) for line in lines[1:] if line.endswith('}')]
+    assert 4 <= len(kept) < 36
+    for person in kept[0]['people']:
+        person[4] = 0.875  # a mark that only a detection which was kept can leave
+    (root / FRAMES).write_text('\n'.join([lines[0], *map(json.dumps, kept), '{"torn']))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f'{36 - len(kept)} frames detected now, {len(kept)} before' in done.stdout
     proposals = load(root / 'kinetics_proposal.pkl')
-    assert '36 of 36 frames' in done.stdout and (proposals[min(kept)][:, 4] == 0.875).all()
-    assert not list(root.glob('*.shards'))
+    assert len(proposals) == 36 and (proposals[kept[0]['key']][:, 4] == 0.875).all()
 
 
-@pytest.mark.parametrize('options', [['--batch_size=4', '--num_workers=2'], ['--batch_size=32', '--num_workers=0']])
+@pytest.mark.parametrize('options', [['--batch_size=4', '--num_workers=2'], ['--batch_size=32', '--num_workers=1']])
 def test_batches_give_the_same_boxes(fetched, tmp_path, options):
     """210 frames of four sizes, in batches: boxes and scores within 2e-3 of those frame by frame, and the same set."""
     fetch(fetched[0], f'--picklepath={tmp_path}/batched.pkl', *options)
@@ -305,16 +347,16 @@ def test_the_documented_architecture_in_batches(tmp_path):
     frames = proposals.write_frames(tmp_path, 6)
     frames = [frames[0], frames[1], frames[4]]  # two sizes
     checkpoint = proposals.random_checkpoint(REPO / 'X-101-64x4d-FPN.py', tmp_path)
-    options = fetch_proposal.Options(REPO / 'X-101-64x4d-FPN.py', checkpoint, 'cpu', 0.3, False, 2, 1)
-    fetch_proposal.detect_shard(tmp_path / 'shard.pkl', tmp_path, frames, options)
-    model, _ = fetch_proposal.load_detector(options)
-    expected = {key: fetch_proposal.people_of(inference_detector(
-        model, str(tmp_path / f'rawframes/{clip}/img_{second * 30 + 1:05d}.jpg')), 0.3) for key, clip, second in frames}
-    found = fetch_proposal.read_shard(tmp_path / 'shard.pkl')[0]
+    options = fetch_proposal.Options(tmp_path, REPO / 'X-101-64x4d-FPN.py', checkpoint, 'cpu', 0.3, False, 2, 1, ())
+    found = dict(fetch_proposal.detect(frames, options))
+    model, pipeline = fetch_proposal.start_detector(options)
+    model.cfg = Config.fromfile(REPO / 'X-101-64x4d-FPN.py')
+    expected = {frame.key: fetch_proposal.people_of(inference_detector(
+        model, str(fetch_proposal.frame_file(tmp_path, frame))), 0.3) for frame in frames}
     assert sum(map(len, expected.values())) >= 3
     boxes, scores, alone = proposals.largest_difference(found, expected, 0.3)
     assert boxes <= 2e-3 and scores <= 2e-3 and not alone
-    fetch_proposal.load_detector.cache_clear()
+    fetch_proposal.start_detector.cache_clear()
 
 
 def test_neighbors_and_score_thr(fetched, tmp_path):
@@ -325,42 +367,74 @@ def test_neighbors_and_score_thr(fetched, tmp_path):
         assert_same_people(boxes, all_of_them[key][all_of_them[key][:, 4] > 0.99])
 
 
-def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
-    sizes = []
-
-    class Model:
-        batch_size = 8
-
-        def test_step(self, data):
-            sizes.append(len(data['inputs']))
-            if sizes[-1] > 3:
-                raise torch.cuda.OutOfMemoryError('out of memory')
-            return data['inputs']
-
-    options = fetch_proposal.Options('', '', 'cpu', 0.7, False, 8, 0)
-    batch = [dict(inputs=number, data_samples=None) for number in range(8)]
-    assert fetch_proposal.predict(Model(), batch, options) == list(range(8))
-    assert sizes == [8, 4, 2, 2, 2, 2]
-    monkeypatch.setattr(Model, 'test_step', lambda self, data: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError('no')))
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        fetch_proposal.predict(Model(), batch, options)
+@pytest.fixture
+def few(fetched):
+    """Eight frames and how a detector runs on them."""
+    frames = fetch_proposal.plan_frames([(f'scene-{scene:05d}_000010_000014', 12) for scene in range(0, 32, 4)], 0)
+    config, checkpoint = (REPO / f'tests/tiny_detector.{suffix}' for suffix in ('py', 'pth'))
+    return frames, fetch_proposal.Options(fetched[0], config, checkpoint, 'cpu', 0.7, False, 8, 2, tuple(frames))
 
 
-def test_a_lost_gpu_gives_its_shard_to_the_others(fetched, tmp_path, capsys):
-    """Two `GPUs`, one of which cannot even load the model (no such device): the other does all shards."""
-    from tqdm import tqdm
-    options = [fetch_proposal.Options(REPO / 'tests/tiny_detector.py', REPO / 'tests/tiny_detector.pth', device, 0.7,
-                                      False, 1, 0) for device in ('cpu', 'cuda:7')]
-    frames = [(f'scene-{scene:05d},0012', f'scene-{scene:05d}_000010_000014', 12) for scene in range(8)]
-    shards = {tmp_path / f'{index}.pkl': frames[index:index + 2] for index in range(0, 8, 2)}
-    with tqdm(total=8) as bar:
-        fetch_proposal.detect_on_all(shards, fetched[0], options, bar)
-    assert bar.n == 8 and 'cuda:7 is given up' in capsys.readouterr().err
+def assert_found(found: dict, fetched, frames) -> None:
     expected = load(fetched[0] / 'kinetics_proposal.pkl')
-    for path, shard in shards.items():
-        found, problems = fetch_proposal.read_shard(path)
-        assert found.keys() == {key for key, *_ in shard} and not problems
-        for key, boxes in found.items():
-            assert_same_people(boxes, expected[key])
-    with pytest.raises(RuntimeError, match='on every GPU'), tqdm(total=8) as bar:
-        fetch_proposal.detect_on_all(shards, fetched[0], options[1:], bar)
+    assert found.keys() == {frame.key for frame in frames}
+    for key, boxes in found.items():
+        assert_same_people(boxes, expected[key])
+
+
+def test_a_batch_that_does_not_fit_is_halved(fetched, few, monkeypatch):
+    sizes, predict = [], fetch_proposal.predict
+
+    def predict_few(model, batch, device, amp):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.cuda.OutOfMemoryError('out of memory')
+        return predict(model, batch, device, amp)
+    fetch_proposal.start_detector(few[1])
+    monkeypatch.setattr(fetch_proposal, 'predict', predict_few)
+    assert_found(dict(fetch_proposal.detect(*few)), fetched, few[0])
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    monkeypatch.setattr(fetch_proposal, 'predict', lambda *args: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError('no')))
+    with pytest.raises(RuntimeError, match='on scene-00000,0012 .*OutOfMemoryError: no'):
+        list(fetch_proposal.detect(*few))
+
+
+DYING = """
+import os
+from mmdet.models import CascadeRCNN
+from mmdet.registry import MODELS
+@MODELS.register_module()
+class DyingDetector(CascadeRCNN):
+    def predict(self, inputs, samples, **kwargs):
+        if len(inputs) > 1:  # not in the check at the start
+            try:
+                os.close(os.open(os.path.dirname(__file__) + '/died', os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                HOW
+        return super().predict(inputs, samples, **kwargs)
+"""
+
+
+@pytest.mark.parametrize('how,said', [('os._exit(9)', 'its process was killed'),
+                                      ("raise RuntimeError('CUDA error: ECC')", 'CUDA error: ECC')])
+def test_a_lost_gpu_leaves_its_frames_to_the_others(fetched, few, tmp_path, monkeypatch, capsys, how, said):
+    """Two devices with a process each, of which one is lost at its first batch."""
+    (tmp_path / 'dying.py').write_text(f"_base_ = '{REPO}/tests/tiny_detector.py'\n"
+                                       "custom_imports = dict(imports=['dying_detector'])\n"
+                                       "model = dict(type='DyingDetector')\n")
+    (tmp_path / 'dying_detector.py').write_text(DYING.replace('HOW', how))
+    monkeypatch.syspath_prepend(tmp_path)
+    options = few[1]._replace(config=tmp_path / 'dying.py', batch_size=2)
+    assert_found(dict(fetch_proposal.detect_on_gpus(few[0], options, ['cpu', 'cpu:0'])), fetched, few[0])
+    err = capsys.readouterr().err
+    assert said in err and 'continuing on the others' in err
+    (tmp_path / 'died').unlink()
+    with pytest.raises(RuntimeError, match=said):
+        list(fetch_proposal.detect_on_gpus(few[0], options, ['cpu']))
+
+
+def test_a_gpu_that_cannot_start_ends_the_run(few):
+    with pytest.raises(fetch_proposal.DetectorError, match='cannot run'):
+        list(fetch_proposal.detect_on_gpus(few[0], few[1], ['cpu', 'cuda:7']))

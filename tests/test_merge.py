@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import sample_world
-from conftest import empty_frames, errors, read_csv, run, snapshot
+from helpers import empty_frames, errors, read_csv, run, snapshot
 
 CSV, PICKLE = 'annotations/ava_train_v2.2.csv', 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl'
 AVA_ROWS = '-5KQ66BBWC4,0902,0.100,0.200,0.300,0.400,12,0\nAVA_mov-1_x,1798,0.100,0.200,0.300,0.400,80,17\n'

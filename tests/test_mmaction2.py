@@ -9,7 +9,7 @@ import pytest
 import demo
 import draw
 import sample_world
-from conftest import read_csv, snapshot
+from helpers import overlap, read_csv, snapshot
 
 WINDOWS = [(4, 16), (8, 8), (16, 4)]  # clip_len x frame_interval of MMAction2's AVA-Kinetics configs
 
@@ -100,7 +100,6 @@ def test_the_window_shows_the_right_moment(prepared):
 def test_proposals_of_the_sample_are_real_detections(prepared):
     with open(prepared[0] / 'data/ava_kinetics/kinetics_proposal.pkl', 'rb') as file:
         proposals = pickle.load(file)
-    from test_fetch import overlap
     scene = good = total = 0
     for videos in sample_world.SCENES.values():
         for video, start, _, size, seconds in videos:

@@ -1,7 +1,7 @@
 """Step 5: the csv that MMAction2 reads, from clip folders of any origin."""
 import pytest
 
-from conftest import annotation_rows, empty_frames, errors, read_csv, run, snapshot
+from helpers import annotation_rows, empty_frames, errors, read_csv, run, snapshot
 
 
 def prepare(world, *options, **kwargs):

@@ -15,8 +15,7 @@ from mmengine.registry import init_default_scope
 import demo
 import draw
 import sample_world
-from conftest import REPO, read_csv, run, snapshot
-from test_fetch import TINY, overlap
+from helpers import REPO, TINY, overlap, read_csv, run, snapshot
 
 SCENES = {video: (number, start, size, fps) for number, (video, start, fps, size, _) in enumerate(
     (video for videos in sample_world.SCENES.values() for video in videos), 1)}
