@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 
 import aiohttp
-import decord
+import av
 import filelock
 import fsspec
 import imageio_ffmpeg
@@ -231,10 +231,10 @@ def cut_clip(video: Path, offset: int, seconds: int, target: Path, options: argp
         lines = done.stderr.decode(errors='replace').splitlines() or ['ffmpeg gives no reason']
         reason = re.sub(r'^\[.*? @ 0x\w+\] ', '', lines[0]).replace(f'file:{video}', '').strip(': ')
         return f'unreadable video: {reason}'
-    decord.logging.set_level(decord.logging.QUIET)
     try:
-        frames = len(decord.VideoReader(str(target), num_threads=1))
-    except (decord.DECORDError, RuntimeError):  # nothing was decoded
+        with av.open(str(target)) as clip:
+            frames = sum(packet.size > 0 for packet in clip.demux(video=0))
+    except (av.FFmpegError, IndexError):  # nothing was decoded
         frames = 0
     if frames < seconds * FPS:
         return 'source too short: it ends {:.1f} s before the clip does'.format(

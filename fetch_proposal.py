@@ -181,7 +181,7 @@ def read_frame(root: Path, frame: Frame) -> np.ndarray:
     file = frame_file(root, frame)
     name = file.relative_to(file.parents[1])
     if file.suffix == '.mp4':
-        import decord
+        import decord  # after torch, whose convolutions crash otherwise (decord2 3.4, torch 2.14)
         decord.logging.set_level(decord.logging.QUIET)
         index = (frame.second - int(frame.clip[-13:-7])) * FPS
         try:

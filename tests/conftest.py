@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch  # noqa: F401, before any test imports decord: the other way round torch's convolutions crash
 
 REPO = Path(__file__).parent.parent
 sys.path[:0] = [str(REPO / 'tests'), str(REPO / 'benchmarks'), str(REPO)]

@@ -663,12 +663,12 @@ PICKLES = {
     'a terabyte of bytes': b'\x80\x04\x8e' + (2**40).to_bytes(8, 'little') + b'x.',
     'frame of a terabyte': b'\x80\x04\x95' + (2**40).to_bytes(8, 'little') + b'}.',
     'ten million marks': b'\x80\x04' + b'(' * 10**7 + b'.',
+    'huge array claimed': b'\x80\x04}' + KEY + b'cnumpy\nndarray\n(\x8a\x06\0\0\0\0\0\x01K\x05\x86\x8c\x02f8tRs.',
     'number of two gigabytes': b'\x80\x04\x8b' + (2**31 - 1).to_bytes(4, 'little') + b'1.',
 }
 VALUES = {  # pickles of a dict that hold one good frame too
     'recursive': lambda: pickle.dumps({**recursive(), 'good': 1}),
     'no array': lambda: pickle.dumps({'aaaaaaaaaaa,0005': 'boxes'}),
-    'huge array claimed': lambda: b'\x80\x04}' + KEY + b'cnumpy\nndarray\n(\x8a\x06\0\0\0\0\0\x01K\x05\x86\x8c\x02f8tRs.',
     'array of other things': lambda: pickle.dumps({'aaaaaaaaaaa,0005': np.array(['x'])}),
     'too few columns': lambda: pickle.dumps({'aaaaaaaaaaa,0005': np.ones((1, 3))}),
     'NaN': lambda: pickle.dumps({'aaaaaaaaaaa,0005': np.full((1, 5), np.nan)}),
