@@ -232,7 +232,7 @@ def cut_clip(video: Path, offset: int, seconds: int, target: Path, options: argp
         reason = re.sub(r'^\[.*? @ 0x\w+\] ', '', lines[0]).replace(f'file:{video}', '').strip(': ')
         return f'unreadable video: {reason}'
     try:
-        with av.open(str(target)) as clip:
+        with av.open(str(target), format='mov') as clip:
             frames = sum(packet.size > 0 for packet in clip.demux(video=0))
     except (av.FFmpegError, IndexError):  # nothing was decoded
         frames = 0

@@ -103,7 +103,7 @@ def missing_frames(clips: list[Path]) -> dict[str, str | None]:
         total = (int(name['end']) - int(name['start'])) * FPS
         try:
             if clip.suffix:
-                with av.open(str(clip)) as video:
+                with av.open(str(clip), format='mov') as video:
                     count = sum(packet.size > 0 for packet in video.demux(video=0))
                 answers[clip.stem] = f'frames missing: {total - count} of {total}' if count < total else None
                 continue

@@ -38,7 +38,10 @@ def test_readme_commands_again_change_nothing(prepared):
     again = demo.readme_commands('### Step [3-7]')
     assert any('cp -r' in commands for commands in again)  # copying AVA's annotations again is part of it
     said = demo.run_readme(prepared[0], show=False)
-    assert snapshot(root) == before
+    after = snapshot(root)
+    for tree in before, after:
+        tree.pop('preview.jpg')  # names the actions now, since AVA's label file has come with Step 7
+    assert after == before
     assert '0 cut now' in said and '0 extracted now' in said and 'nothing to do' in said
 
 
