@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from helpers import (REPO, TINY, annotation_rows, assert_same_people, errors, load, numbered_source, read_csv, run, snapshot, write_root)
+from helpers import (REPO, TINY, annotation_rows, assert_same_people, errors, load, numbered_source, read_csv, run, snapshot,
+                     write_root)
 
 VIDEOS = 12
 

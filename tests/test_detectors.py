@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import draw
 import fetch_proposal
 from helpers import REPO, TINY, load, overlap, refused, write_root
 
-RESNET = """backbone=dict(_delete_=True, type='ResNet', depth=18, base_channels=16, num_stages=4, out_indices=OUT, style='pytorch',
-                  norm_cfg=dict(type='BN'))"""
+RESNET = """backbone=dict(_delete_=True, type='ResNet', depth=18, base_channels=16, num_stages=4, out_indices=OUT,
+                  style='pytorch', norm_cfg=dict(type='BN'))"""
 PIPELINE = """
 test_pipeline = [
     dict(type='LoadImageFromFile'), RESIZE
@@ -31,7 +30,7 @@ ONE_STAGE = 'neck=dict(in_channels=[16, 32, 64, 128], out_channels=32), bbox_hea
 THIN = ("backbone=dict(deepen_factor=0.33, widen_factor=0.125, init_cfg=None), "
         "neck=dict(in_channels=[32, 64, 128], out_channels=32, num_csp_blocks=1), "
         "bbox_head=dict(in_channels=32, feat_channels=32)")
-# family -> mmdetection's config, what is made smaller, how frames are resized, which layer tells classes, what spreads its scores
+# family -> mmdetection's config, what is made smaller, how frames are resized, which layer tells classes, its factor
 FAMILIES = {
     'Faster R-CNN': ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', f'{RESNET}, {TWO_STAGES}'
                      .replace('OUT', ALL).replace('MASK', ''), KEEP_RATIO, 'fc_cls', 25),
@@ -45,8 +44,8 @@ FAMILIES = {
     'RTMDet': ('rtmdet/rtmdet_s_8xb32-300e_coco.py', THIN, LETTERBOX, 'rtm_cls', 2500),
     'DETR': ('detr/detr_r50_8xb2-150e_coco.py', f'{RESNET}, neck=dict(in_channels=[128]), {ONE_LAYER}'
              .replace('OUT', '(3, )'), KEEP_RATIO, 'fc_cls', 12),
-    'DINO': ('dino/dino-4scale_r50_8xb2-12e_coco.py', f'{RESNET}, neck=dict(in_channels=[32, 64, 128]), num_queries=60, {ONE_LAYER}'
-             .replace('OUT', '(1, 2, 3)'), KEEP_RATIO, 'cls_branches', 1),
+    'DINO': ('dino/dino-4scale_r50_8xb2-12e_coco.py', f'{RESNET}, {ONE_LAYER}, '
+             'neck=dict(in_channels=[32, 64, 128]), num_queries=60'.replace('OUT', '(1, 2, 3)'), KEEP_RATIO, 'cls_branches', 1),
 }
 
 
@@ -160,7 +159,8 @@ def test_an_operator_that_the_device_lacks_ends_the_run_before_it_starts(root, t
     def missing(*args, **options):
         raise RuntimeError('nms_impl: implementation for device cuda:0 not found.\n')
     monkeypatch.setattr(operators(), 'nms', missing)
-    assert 'cannot run: RuntimeError: nms_impl: implementation for device cuda:0 not found' in fetch_refused(root, tmp_path, *TINY)
+    message = fetch_refused(root, tmp_path, *TINY)
+    assert 'cannot run: RuntimeError: nms_impl: implementation for device cuda:0 not found' in message
 
 
 def test_other_people_on_the_device_end_the_run_before_it_starts(root, tmp_path, monkeypatch):

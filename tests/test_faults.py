@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import sample_world
-from helpers import REPO, TINY, annotation_rows, numbered_source, snapshot, write_root
+from helpers import REPO, TINY, annotation_rows, numbered_source, snapshot
 
 VIDEOS = 8
 STEPS = {

@@ -22,7 +22,8 @@ import torch
 import draw
 import fetch_proposal
 import sample_world
-from helpers import (REPO, TINY, annotation_rows, empty_frames, errors, load, numbered_source, read_csv, refused, run, snapshot, write_root)
+from helpers import (REPO, TINY, annotation_rows, empty_frames, errors, load, numbered_source, read_csv, refused, run, snapshot,
+                     write_root)
 
 LINE = 'aaaaaaaaaaa,5,0.1,0.2,0.5,0.9,12'
 
