@@ -11,42 +11,33 @@ interruption. With `--split val`, all names have val in place of train.
         --kinetics_list=$MMACTION2/data/kinetics700/kinetics700_train_list_videos.txt \\
         --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
-import signal
-
-if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-
 import argparse
 import contextlib
 import csv
+import ctypes
 import errno
+import fcntl
 import glob
 import hashlib
+import io
 import json
 import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
-import warnings
 import zlib
 from collections import Counter
-from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
-import aiohttp
-import av
-import filelock
-import fsspec
 import imageio_ffmpeg
-import tenacity
-from joblib import Parallel, delayed, parallel_config
-from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
@@ -63,11 +54,15 @@ COLOURS = 'scale=out_range=limited:out_color_matrix=bt601'  # as decoders and JP
 FORMATS = 'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpegts,mpeg,ogg'
 MAX_PIXELS = 7680 * 4320  # a header that claims larger pictures would cost gigabytes of memory
 MAX_BYTES = 2 ** 30  # of a video in an archive; ten seconds have a few MB
-MAX_DASK_WORKERS = 1000  # twice as many tasks wait in the cluster
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+AHEAD = 2000  # items that a cluster is given at once
 TIME_LIMIT = 12  # s that ffmpeg may take for each second of video, some 100 times the usual, and 30 s more
 KILLED = 'unreadable video: ffmpeg was killed, as it happens when memory runs out'
 DISK_FULL = {b'No space left on device': errno.ENOSPC, b'Disk quota exceeded': errno.EDQUOT}
-ARCHIVE_ERRORS = OSError, EOFError, zlib.error, tarfile.TarError, aiohttp.ClientError, TimeoutError
+ARCHIVE_ERRORS = OSError, EOFError, zlib.error, tarfile.TarError
+VIDEO_ID = r'[A-Za-z0-9_-]{11}'
+NUMBERS = ['timestamp', 'x1', 'y1', 'x2', 'y2', 'action']
+BLOCK = 2 ** 22  # bytes of annotations that are read together
 SOURCE_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})\.[A-Za-z0-9]+')
 
 
@@ -79,80 +74,76 @@ class Source(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Step 3: cut the annotated clips out of the Kinetics-700 videos.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--avakinetics_anotation', '--avakinetics_annotation', type=Path,
-                        default=Path('ava_kinetics_v1_0'), metavar='DIR',
-                        help='folder of the AVA-Kinetics annotations')
-    parser.add_argument('--split', choices=['train', 'val'], default='train', help='part of AVA-Kinetics')
-    parser.add_argument('--kinetics_list', type=Path, metavar='FILE', default=argparse.SUPPRESS,
+    parser = argparse.ArgumentParser(description='Step 3: cut the annotated clips out of the Kinetics-700 videos.')
+    parser.add_argument('--avakinetics_anotation', '--avakinetics_annotation', type=Path, default=Path('ava_kinetics_v1_0'),
+                        metavar='DIR', help='folder of the AVA-Kinetics annotations (default: %(default)s)')
+    parser.add_argument('--split', choices=['train', 'val'], default='train', help='part of AVA-Kinetics (default: train)')
+    parser.add_argument('--kinetics_list', type=Path, metavar='FILE',
                         help='list of the Kinetics-700 videos, a line each: PATH [LABEL] (default: '
                         f'{MMACTION2}/data/kinetics700/kinetics700_train_list_videos.txt, or ..._val_...)')
-    parser.add_argument('--kinetics_archives', nargs='+', metavar='ARCHIVE', default=argparse.SUPPRESS,
+    parser.add_argument('--kinetics_archives', nargs='+', metavar='ARCHIVE',
                         help='in place of --kinetics_list: tar or tar.gz files, patterns, URLs, or @FILE with one of '
                         'these a line; read in one pass, never unpacked')
-    parser.add_argument('--short_side', type=int, metavar='N', default=argparse.SUPPRESS,
+    parser.add_argument('--short_side', type=int, metavar='N',
                         help='scale clips down to N pixels on their short side (default: size of the source)')
     parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
-                        help='folder of the data set that is made')
-    parser.add_argument('--num_workers', type=int, default=-1, metavar='N', help='parallel processes; -1: all CPUs')
-    parser.add_argument('--dask_scheduler', metavar='ADDRESS', default=argparse.SUPPRESS,
+                        help='folder of the data set that is made (default: %(default)s)')
+    parser.add_argument('--num_workers', type=int, default=-1, metavar='N', help='parallel processes (default: all CPUs)')
+    parser.add_argument('--dask_scheduler', metavar='ADDRESS',
                         help='work on the Dask cluster of this scheduler, such as tcp://host:8786, not on this machine')
     parser.add_argument('--ffmpeg', default=imageio_ffmpeg.get_ffmpeg_exe(), metavar='PATH',
-                        help='ffmpeg program; other versions may choose other frames')
+                        help="ffmpeg program; other versions may choose other frames (default: imageio-ffmpeg's)")
     parser.add_argument('--overwrite', action='store_true', help='cut clips again that are there already')
     args = parser.parse_args(argv)
-    defaults = dict(kinetics_archives=None, short_side=None, dask_scheduler=None,
-                    kinetics_list=MMACTION2 / f'data/kinetics700/kinetics700_{args.split}_list_videos.txt')
-    args = argparse.Namespace(**{**defaults, **vars(args)})
-    args.num_workers = args.num_workers if args.num_workers > 0 else -1
+    args.kinetics_list = args.kinetics_list or MMACTION2 / f'data/kinetics700/kinetics700_{args.split}_list_videos.txt'
+    if args.num_workers < 1 and args.num_workers != -1:
+        sys.exit('error: --num_workers must be 1 or more, or -1 for all CPUs')
     if args.short_side is not None and (args.short_side < 2 or args.short_side % 2):
         sys.exit('error: --short_side must be an even number of pixels, such as 256')
     return args
 
 
-def parse_annotation(line: str) -> tuple[str, float, list[float] | None, int | None]:
-    """A row of the annotations as (video id, timestamp in s, relative box x1 y1 x2 y2, action id).
+def read_annotations(path: Path):
+    """The rows as a DataFrame of video and NUMBERS, and report rows on malformed lines.
 
-    A row of two columns names a keyframe without people: its box is None. Raises ValueError for any other row.
+    Rows of two columns name keyframes without people: their box and action are NaN.
     """
-    row = [field.strip().strip('"') for field in line.split(',')]
-    if len(row) not in (2, 7):
-        raise ValueError(f'{len(row)} columns instead of 7 or 2')
-    if not re.fullmatch(r'[A-Za-z0-9_-]{11}', row[0]):
-        raise ValueError(f'not a video id, {row[0][:20]!r}')
-    numbers = [float(field) for field in row[1:]]
-    if not 0 <= numbers[0] < 1e6:  # also false for NaN
-        raise ValueError(f'not a time in seconds, {row[1][:20]}')
-    if len(row) == 2:
-        return row[0], numbers[0], None, None
-    box, action = numbers[1:5], numbers[5]
-    if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-        raise ValueError('not a box, ' + ' '.join(field[:12] for field in row[2:6]))
-    if not (action.is_integer() and 1 <= action <= 80):
-        raise ValueError(f'not an action of 1 to 80, {row[6][:20]}')
-    return row[0], numbers[0], box, int(action)
+    import numpy as np
+    import pandas as pd
+    tables, problems, count = [], [], 0
+    with open(path, encoding='utf-8-sig', errors='replace') as file:
+        while lines := file.readlines(BLOCK):
+            try:
+                table = pd.read_csv(io.StringIO(''.join(lines)), header=None, names=['video', *NUMBERS], quoting=csv.QUOTE_NONE,
+                                    dtype={'video': str, **dict.fromkeys(NUMBERS, float)}, skip_blank_lines=False)
+            except ValueError:  # a line that is not of this form: each is taken apart
+                rows = [[field.strip().strip('"') for field in line.split(',')] for line in lines]
+                table = pd.DataFrame([row + [None] * (7 - len(row)) if len(row) in (2, 7) else [''] * 7 for row in rows],
+                                     columns=['video', *NUMBERS])
+                numbers = table[NUMBERS].apply(pd.to_numeric, errors='coerce').astype(float)
+                table[NUMBERS] = numbers.mask(numbers.isna() & table[NUMBERS].notna(), -1)  # not a number
+            box, nobody = table[NUMBERS[1:5]], table[NUMBERS[1:]].isna().all(axis=1)
+            inside = ((box >= 0) & (box <= 1)).all(axis=1) & (table.x1 < table.x2) & (table.y1 < table.y2)
+            faults = [('not 7 or 2 columns that begin with a video id', ~table.video.fillna('').str.fullmatch(VIDEO_ID)),
+                      ('not a time in seconds', ~table.timestamp.between(0, 1e6, 'left')),
+                      ('not a box within 0 and 1', ~(inside | nobody)),
+                      ('not an action of 1 to 80', ~(table.action.between(1, 80) & (table.action % 1 == 0) | nobody))]
+            reasons = np.select([wrong for _, wrong in faults], [reason for reason, _ in faults], '')
+            problems += [('', '', f'malformed annotation: line {count + index + 1}: {reasons[index]}')
+                         for index in np.flatnonzero(reasons) if lines[index].strip()]
+            tables.append(table[reasons == ''])
+            count += len(lines)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=['video', *NUMBERS]), problems
 
 
 def read_keyframes(path: Path) -> tuple[dict[str, set[int]], int, list[tuple]]:
     """The annotated seconds of every video, the number of seconds without people, and report rows on malformed lines."""
-    keyframes, unpeopled, problems = {}, set(), []
-    with open(path, encoding='utf-8-sig', errors='replace') as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                video, timestamp, box, _ = parse_annotation(line)
-            except ValueError as error:
-                problems.append(('', '', f'malformed annotation: line {number}: {error}'))
-                continue
-            if box:
-                keyframes.setdefault(video, set()).add(int(timestamp))
-            else:
-                unpeopled.add((video, int(timestamp)))
-    unpeopled = sum(second not in keyframes.get(video, ()) for video, second in unpeopled)
-    return keyframes, unpeopled, problems
+    table, problems = read_annotations(path)
+    pairs = {peopled: set(zip(part.video, part.timestamp.astype(int))) for peopled, part in table.groupby(table.x1.notna())}
+    keyframes = {}
+    for video, second in pairs.get(True, ()):
+        keyframes.setdefault(video, set()).add(second)
+    return keyframes, len(pairs.get(False, set()) - pairs.get(True, set())), problems
 
 
 def read_sources(path: Path, keyframes: dict[str, set[int]]) -> tuple[dict[str, list[Source]], list[tuple]]:
@@ -231,6 +222,7 @@ def cut_clip(video: Path, offset: int, seconds: int, target: Path, options: argp
         lines = done.stderr.decode(errors='replace').splitlines() or ['ffmpeg gives no reason']
         reason = re.sub(r'^\[.*? @ 0x\w+\] ', '', lines[0]).replace(f'file:{video}', '').strip(': ')
         return f'unreadable video: {reason}'
+    import av
     try:
         with av.open(str(target), format='mov') as clip:
             frames = sum(packet.size > 0 for packet in clip.demux(video=0))
@@ -300,12 +292,16 @@ def cut_video(video_id: str, sources: list[Source], seconds: set[int], folders: 
 
 def may_pass(error: BaseException) -> bool:
     """Whether reading an archive again may help: after a dropped connection, not on a full disk or a missing file."""
-    return (isinstance(error, ARCHIVE_ERRORS) and not isinstance(error, (FileNotFoundError, PermissionError))
+    import aiohttp
+    return (isinstance(error, (*ARCHIVE_ERRORS, aiohttp.ClientError))
+            and not isinstance(error, (FileNotFoundError, PermissionError))
             and getattr(error, 'errno', None) not in DISK_FULL.values())
 
 
-patiently = tenacity.retry(stop=tenacity.stop_after_attempt(5), wait=tenacity.wait_random_exponential(max=20),
-                           retry=tenacity.retry_if_exception(may_pass), reraise=True)
+def patiently(function: Callable) -> Callable:
+    import tenacity
+    return tenacity.retry(stop=tenacity.stop_after_attempt(5), wait=tenacity.wait_random_exponential(max=20),
+                          retry=tenacity.retry_if_exception(may_pass), reraise=True)(function)
 
 
 def staged_folder(root: Path, split: str) -> Path:
@@ -327,6 +323,8 @@ def cut_archive(archive: str, annotations: Path, root: Path, options: argparse.N
     Returns the archive, for every range (video, source start, source end, start, end, None or the reason of a failure),
     and None or what stopped it.
     """
+    import aiohttp
+    import fsspec
     results, keyframes = {}, read_keyframes(annotations)[0]  # 2 s for all of them, and less than sending them
 
     def cut_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
@@ -377,7 +375,7 @@ def cut_archive(archive: str, annotations: Path, root: Path, options: argparse.N
     with unfinished(root, options.split) as work:
         try:
             patiently(read)() if '://' in archive else read()
-        except (*ARCHIVE_ERRORS, ImportError, ValueError) as stop:  # the latter for protocols that fsspec lacks
+        except (*ARCHIVE_ERRORS, aiohttp.ClientError, ImportError, ValueError) as stop:  # protocols that fsspec lacks
             if getattr(stop, 'errno', None) in DISK_FULL.values():
                 raise
             error = f'{type(stop).__name__}: {stop}'.split('\n')[0]
@@ -401,71 +399,69 @@ def find_archives(names: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def workspace(path: Path):
-    """A folder for unfinished files that belongs to this run alone, emptied before and removed after."""
+    """A hidden folder for unfinished files, of one run at a time; what a killed run left there is removed."""
     path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path / 'lock')  # the kernel lets go when this process ends, however it ends
     try:
-        lock.acquire(blocking=False)
-    except (filelock.Timeout, FileNotFoundError):  # the latter where the other run has just ended
+        lock = open(path / 'lock', 'w')
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends, however it ends
+    except (BlockingIOError, FileNotFoundError):  # the latter where the other run has just ended
         sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
+    for leftover in path.glob('*/'):
+        shutil.rmtree(leftover)
     try:
-        for leftover in set(path.iterdir()) - {path / 'lock'}:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        yield path
+        yield
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        lock.release()
+        lock.close()
 
 
-@contextlib.contextmanager
-def in_parallel(tasks: Iterable, args: argparse.Namespace, **options):
-    """The answers of joblib tasks as they come, from local processes or the cluster of --dask_scheduler."""
-    with dask_cluster(args.dask_scheduler) if args.dask_scheduler else contextlib.nullcontext():
-        os.environ['PYTHONWARNINGS'] = 'ignore'  # joblib would warn of what an interruption leaves, here and in processes
-        warnings.filterwarnings('ignore', module='joblib')
-        # workers inherit that these are ignored: interruptions are for this process alone
-        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-        answers = Parallel(n_jobs=args.num_workers, return_as='generator_unordered', **options)(tasks)
-        with contextlib.closing(answers):  # which ends the tasks that are under way, when this run is interrupted
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            try:
-                yield answers
-            except BrokenProcessPool:
-                sys.exit('error: a worker process was killed, as it happens when memory runs out; use fewer with '
-                         '--num_workers, then the same command continues')
+def shielded(function: Callable, item: tuple) -> tuple:
+    """An item and its answer, in a process that leaves Ctrl-C to its parent and ends with it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return item, function(*item)
 
 
-@contextlib.contextmanager
-def dask_cluster(address: str):
-    """Send joblib's work to the Dask cluster of the scheduler at this address."""
+def run_all(function: Callable, items: list[tuple], args: argparse.Namespace) -> Iterator[tuple]:
+    """Yield (item, answer, None) in any order, or (item, None, reason) for an item that cost its workers their lives."""
+    if not args.dask_scheduler:
+        from joblib import Parallel, cpu_count, delayed
+        workers = min(args.num_workers if args.num_workers > 0 else cpu_count(), len(items)) or 1
+        try:
+            for item, answer in Parallel(workers, return_as='generator_unordered')(
+                    delayed(shielded)(function, item) for item in items):
+                yield item, answer, None
+        except BrokenProcessPool:
+            sys.exit('error: a worker process was killed, as it happens when memory runs out; use fewer with --num_workers, '
+                     'then the same command continues')
+        return
     try:
-        import distributed
+        from distributed import CancelledError, Client, KilledWorker, as_completed
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    logging.disable()  # Dask logs what is told below, with tracebacks
+    logging.disable()  # Dask logs tracebacks of what is told below
     try:
-        client = distributed.Client(address, timeout=10)
+        client = Client(args.dask_scheduler, timeout=10)
         client.wait_for_workers(1, timeout=30)
-    except Exception as error:  # whatever answers at such an address
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        sys.exit(f'error: no Dask scheduler with workers at {address} ({reason}); start them first')
-
-    def submit(task, callback=None):
-        job = submit_quietly(task, callback)
-        job.add_done_callback(lambda job: job.exception() and callback(job.exception()))
-        return job
-
-    with client, parallel_config('dask', client=client):
-        # joblib 1.6 tells nobody of a task whose workers died time and again, and waits for it for ever; it would work
-        # here where one worker has joined so far, and send no more than that many need where others join later
-        backend = get_active_backend()[0]
-        submit_quietly, backend.submit, backend.effective_n_jobs = backend.submit, submit, lambda n_jobs: MAX_DASK_WORKERS
-        try:
-            yield client
-        except (CancelledError, distributed.KilledWorker) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            sys.exit(f'error: the Dask cluster at {address} failed ({reason}); mend it, then the same command continues')
+    except (OSError, ValueError) as error:
+        sys.exit(f'error: no Dask scheduler with workers at {args.dask_scheduler} ({error}); start them first')
+    with client:
+        waiting = iter(items)
+        todo = {client.submit(function, *item, pure=False): item for item in islice(waiting, AHEAD)}
+        futures = as_completed(list(todo))
+        for future in futures:
+            item = todo.pop(future)
+            try:
+                yield item, future.result(), None
+            except KilledWorker:
+                yield item, None, 'given up: the workers of the cluster that had it were killed'
+            except CancelledError:
+                sys.exit(f'error: the Dask scheduler at {args.dask_scheduler} went away; the same command continues')
+            for item in islice(waiting, 1):
+                future = client.submit(function, *item, pure=False)
+                todo[future] = item
+                futures.add(future)
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
@@ -503,10 +499,10 @@ def cut_files(args: argparse.Namespace, keyframes: dict[str, set[int]]) -> tuple
             kept, rows = kept + len(names), rows + lost
         else:
             left.append(video)
-    tasks = (delayed(cut_video)(video, sources[video], keyframes[video], folders, args.avakinetics_root, args)
-             for video in left)
-    with in_parallel(tasks, args) as answers:
-        for fresh, there, lost in tqdm(answers, total=len(left), desc='cut', unit='video', delay=1):
+    items = [(video, sources[video], keyframes[video], folders, args.avakinetics_root, args) for video in left]
+    with contextlib.closing(run_all(cut_video, items, args)) as answers:
+        for item, answer, failure in tqdm(answers, total=len(left), desc='cut', unit='video', delay=1):
+            fresh, there, lost = answer or (0, 0, [(item[0], second, failure) for second in sorted(item[2])])
             cut, kept, rows = cut + fresh, kept + there, rows + lost
     return cut, kept, rows, problems
 
@@ -538,9 +534,10 @@ def cut_archives(args: argparse.Namespace, keyframes: dict[str, set[int]]) -> tu
     archives = [archive for archive in find_archives(args.kinetics_archives) if archive not in finished]
     write_lines(ledger, [json.dumps(entry) for entry in entries])
     annotations = (args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv').absolute()
-    tasks = (delayed(cut_archive)(archive, annotations, root, args) for archive in archives)
-    with open(ledger, 'a') as file, in_parallel(tasks, args, pre_dispatch='n_jobs') as answers:
-        for archive, cuts, error in tqdm(answers, total=len(archives), desc='read', unit='archive', delay=1):
+    items = [(archive, annotations, root, args) for archive in archives]
+    with open(ledger, 'a') as file, contextlib.closing(run_all(cut_archive, items, args)) as answers:
+        for item, answer, failure in tqdm(answers, total=len(archives), desc='read', unit='archive', delay=1):
+            archive, cuts, error = answer or (item[0], [], failure)
             note(cuts)
             if error:
                 problems.append(('', '', f'unreadable archive: {archive}: {error}'))
@@ -580,22 +577,17 @@ def cut_archives(args: argparse.Namespace, keyframes: dict[str, set[int]]) -> tu
     return cut, kept, rows, problems
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    annotations = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
-    if not annotations.is_file():
-        sys.exit(f'error: {annotations} not found; do Step 2 or set --avakinetics_anotation')
-    if not shutil.which(args.ffmpeg):
-        sys.exit(f'error: {args.ffmpeg} is not a program; leave --ffmpeg away to use the one of imageio-ffmpeg')
+def cut(args: argparse.Namespace, annotations: Path) -> None:
+    """Cut the clips, write the report, say what came of it."""
     keyframes, unpeopled, problems = read_keyframes(annotations)
     root = args.avakinetics_root = args.avakinetics_root.absolute()
     with workspace(root / f'videos/.cut_kinetics_{args.split}'):
-        cut, kept, rows, others = (cut_archives if args.kinetics_archives else cut_files)(args, keyframes)
+        fresh, kept, rows, others = (cut_archives if args.kinetics_archives else cut_files)(args, keyframes)
         report = root / f'reports/cut_kinetics_{args.split}.csv'
         write_report(report, ['video_id', 'timestamp', 'reason'], sorted(rows) + problems + others)
 
     total = sum(map(len, keyframes.values()))
-    print(f'{cut + kept} clips in {root / "videos"} ({cut} cut now, {kept} there already) '
+    print(f'{fresh + kept} clips in {root / "videos"} ({fresh} cut now, {kept} there already) '
           f'for {total - len(rows)} of {total} annotated keyframes')
     for reason, count in Counter(row[2].split(':')[0] for row in rows).most_common():
         print(f'  {count} keyframes left out: {reason}')
@@ -604,20 +596,26 @@ def main(argv: list[str] | None = None) -> None:
     for reason, count in Counter(row[2].split(':')[0] for row in problems + others).items():
         print(f'  {count} lines or archives skipped: {reason}')
     print(f'  report: {report}')
-    if not cut + kept:
+    if not fresh + kept:
         sys.exit('error: not one clip could be cut; the report says why')
 
 
-if __name__ == '__main__':
+def main(argv: list[str] | None = None) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+    args = parse_args(argv)
+    annotations = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
+    if not annotations.is_file():
+        sys.exit(f'error: {annotations} not found; do Step 2 or set --avakinetics_anotation')
+    if not shutil.which(args.ffmpeg):
+        sys.exit(f'error: {args.ffmpeg} is not a program; omit --ffmpeg to use the one of imageio-ffmpeg')
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-        main()
+        cut(args, annotations)
+    except OSError as error:  # a full disk, missing permissions
+        sys.exit(f'error: {error}; fix it, then the same command continues')
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
-    except OSError as error:  # a full disk, missing permissions
-        sys.exit(f'error: {error}; mend it, then the same command continues')
-    finally:  # nothing is left to interrupt
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+if __name__ == '__main__':
+    main()

@@ -7,87 +7,96 @@ name only when it is whole. Clips that could not be used are in ROOT/reports/ext
 
     python3 extract_rgb_frames.py --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
-import signal
-
-if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-
 import argparse
 import contextlib
-import csv
+import ctypes
+import fcntl
+import functools
 import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
-import warnings
 from collections import Counter
-from concurrent.futures import CancelledError
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from pathlib import Path
-from typing import Iterable
+from typing import Callable, Iterator
 
-import av
-import cv2
-import filelock
-import numpy as np
-import simplejpeg
-from joblib import Parallel, delayed, parallel_config
-from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
-CLIP_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})')
+CLIP_NAME = re.compile(r'[A-Za-z0-9_-]{11}_[0-9]{6}_[0-9]{6}')
 MAX_PIXELS = 7680 * 4320  # a header that claims larger pictures would cost gigabytes of memory
 WORK = 'rawframes/.extract_rgb_frames'  # folder of unfinished frames in ROOT
-MAX_DASK_WORKERS = 1000  # twice as many tasks wait in the cluster
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+AHEAD = 2000  # items that a cluster is given at once
 QUALITY = 92  # of libjpeg; the PSNR is 0.4 to 0.5 dB above that of ffmpeg's -q:v 2: benchmarks/README.md
-BT709 = 1  # ITU-T H.273 matrix_coefficients
-# Video has 16 to 235 for black to white and 16 to 240 for colours, JPEG 0 to 255 for both
-FULL_LUMA, FULL_CHROMA = (np.clip((np.arange(256) - offset) * 255 / span + base, 0, 255).round().astype(np.uint8)
-                          for offset, span, base in ((16, 219, 0), (128, 224, 128)))
+BT709, FULL_RANGE = 1, 2  # matrix_coefficients of ITU-T H.273, FFmpeg's AVCOL_RANGE_JPEG
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Step 4: turn the clips into JPEG frames.',
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description='Step 4: turn the clips into JPEG frames.')
     parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
-                        help='folder of the data set that is made')
-    parser.add_argument('--num_workers', type=int, default=-1, metavar='N', help='parallel processes; -1: all CPUs')
-    parser.add_argument('--dask_scheduler', metavar='ADDRESS', default=argparse.SUPPRESS,
+                        help='folder of the data set that is made (default: %(default)s)')
+    parser.add_argument('--num_workers', type=int, default=-1, metavar='N', help='parallel processes (default: all CPUs)')
+    parser.add_argument('--dask_scheduler', metavar='ADDRESS',
                         help='work on the Dask cluster of this scheduler, such as tcp://host:8786, not on this machine')
     parser.add_argument('--overwrite', action='store_true', help='extract clips again that are complete already')
-    args = argparse.Namespace(**{'dask_scheduler': None, **vars(parser.parse_args(argv))})
-    args.num_workers = args.num_workers if args.num_workers > 0 else -1
+    args = parser.parse_args(argv)
+    if args.num_workers < 1 and args.num_workers != -1:
+        sys.exit('error: --num_workers must be 1 or more, or -1 for all CPUs')
     return args
 
 
-def frame_names(clip: str) -> set[str]:
-    """The names of all frames that a clip of this name has."""
-    name = CLIP_NAME.fullmatch(clip)
-    return {f'img_{index:05d}.jpg' for index in range(1, (int(name['end']) - int(name['start'])) * FPS + 1)}
+@functools.cache
+def frame_names(count: int) -> frozenset[str]:
+    return frozenset(f'img_{index:05d}.jpg' for index in range(1, count + 1))
 
 
-def encode_jpeg(frame: av.VideoFrame) -> bytes:
-    """A frame as JPEG. Its planes go to the encoder as they are but for their range: no way by RGB, which costs more."""
+def count_frames(clip: str) -> int:
+    """How many frames a clip of this name has."""
+    return (int(clip[-6:]) - int(clip[-13:-7])) * FPS
+
+
+def is_complete(root: Path, clip: str) -> bool:
+    try:
+        return frame_names(count_frames(clip)).issubset(os.listdir(root / 'rawframes' / clip))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def full_range() -> tuple:
+    """Tables for luma, 16 to 235 in video, and chroma, 16 to 240, to the 0 to 255 of JPEG."""
+    import numpy as np
+    return tuple(np.clip((np.arange(256) - offset) * 255 / span + base, 0, 255).round().astype(np.uint8)
+                 for offset, span, base in ((16, 219, 0), (128, 224, 128)))
+
+
+def encode_jpeg(frame, luma, chroma) -> bytes:
+    """A frame of PyAV as JPEG. Only the range of its planes is changed: no way by RGB, which costs more."""
+    import cv2
+    import numpy as np
+    import simplejpeg
     if frame.format.name not in ('yuv420p', 'yuvj420p') or frame.colorspace == BT709:  # never so in a clip of Step 3
         frame = frame.reformat(format='yuvj420p', dst_colorspace='ITU601', dst_color_range='JPEG')
     planes = [np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, :plane.width]
               for plane in frame.planes]
-    if frame.format.name == 'yuvj420p' or frame.color_range == av.video.reformatter.ColorRange.JPEG:
+    if frame.format.name == 'yuvj420p' or frame.color_range == FULL_RANGE:
         planes = [np.ascontiguousarray(plane) for plane in planes]
     else:
-        planes = [cv2.LUT(plane, table) for plane, table in zip(planes, (FULL_LUMA, FULL_CHROMA, FULL_CHROMA))]
+        planes = [cv2.LUT(plane, table) for plane, table in zip(planes, (luma, chroma, chroma))]
     return simplejpeg.encode_jpeg_yuv_planes(*planes, QUALITY)
 
 
-def extract_clip(clip: str, root: Path, overwrite: bool) -> tuple[str, str, str]:
-    """Extract one clip's frames into their folder: the clip, 'extracted', 'kept' or 'failed', and why it failed."""
-    frames, expected, count = root / 'rawframes' / clip, frame_names(clip), 0
-    if frames.is_dir() and not overwrite and expected <= set(os.listdir(frames)):
-        return clip, 'kept', ''
+def extract_clip(clip: str, root: Path) -> str | None:
+    """Extract one clip's frames into their folder; return None, or why that cannot be done."""
+    import av
+    frames, expected, count, tables = root / 'rawframes' / clip, count_frames(clip), 0, full_range()
     # a folder of its own: on a cluster, two workers may happen to do the same clip
     with tempfile.TemporaryDirectory(dir=root / WORK, ignore_cleanup_errors=True) as folder:
         work = Path(folder) / clip
@@ -98,138 +107,134 @@ def extract_clip(clip: str, root: Path, overwrite: bool) -> tuple[str, str, str]
                 stream.thread_count, stream.thread_type = 1, 'NONE'  # one thread a process beats many
                 stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}
                 for count, frame in enumerate(video.decode(stream), 1):
-                    if count > len(expected):
+                    if count > expected:
                         break
-                    (work / f'img_{count:05d}.jpg').write_bytes(encode_jpeg(frame))
+                    (work / f'img_{count:05d}.jpg').write_bytes(encode_jpeg(frame, *tables))
         except (av.FFmpegError, IndexError, ValueError) as error:  # no video, no stream of pictures, impossible pictures
-            return clip, 'failed', f'unreadable clip: {getattr(error, "strerror", None) or error}'
-        if count != len(expected):
-            return clip, 'failed', f'wrong number of frames: {count} instead of {len(expected)}; cut it again, Step 3'
+            return f'unreadable clip: {getattr(error, "strerror", None) or error}'
+        if count != expected:
+            return f'wrong number of frames: {count} instead of {expected}; cut it again, Step 3'
         if os.path.lexists(frames):
             os.replace(frames, f'{work}.old')
         os.replace(work, frames)
-    return clip, 'extracted', ''
 
 
 @contextlib.contextmanager
 def workspace(path: Path):
-    """A folder for unfinished files that belongs to this run alone, emptied before and removed after."""
+    """A hidden folder for unfinished files, of one run at a time; what a killed run left there is removed."""
     path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path / 'lock')  # the kernel lets go when this process ends, however it ends
     try:
-        lock.acquire(blocking=False)
-    except (filelock.Timeout, FileNotFoundError):  # the latter where the other run has just ended
+        lock = open(path / 'lock', 'w')
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends, however it ends
+    except (BlockingIOError, FileNotFoundError):  # the latter where the other run has just ended
         sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
+    for leftover in path.glob('*/'):
+        shutil.rmtree(leftover)
     try:
-        for leftover in set(path.iterdir()) - {path / 'lock'}:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        yield path
+        yield
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        lock.release()
+        lock.close()
 
 
-@contextlib.contextmanager
-def in_parallel(tasks: Iterable, args: argparse.Namespace, **options):
-    """The answers of joblib tasks as they come, from local processes or the cluster of --dask_scheduler."""
-    with dask_cluster(args.dask_scheduler) if args.dask_scheduler else contextlib.nullcontext():
-        os.environ['PYTHONWARNINGS'] = 'ignore'  # joblib would warn of what an interruption leaves, here and in processes
-        warnings.filterwarnings('ignore', module='joblib')
-        # workers inherit that these are ignored: interruptions are for this process alone
-        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-        answers = Parallel(n_jobs=args.num_workers, return_as='generator_unordered', **options)(tasks)
-        with contextlib.closing(answers):  # which ends the tasks that are under way, when this run is interrupted
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            try:
-                yield answers
-            except BrokenProcessPool:
-                sys.exit('error: a worker process was killed, as it happens when memory runs out; use fewer with '
-                         '--num_workers, then the same command continues')
+def shielded(function: Callable, item: tuple) -> tuple:
+    """An item and its answer, in a process that leaves Ctrl-C to its parent and ends with it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return item, function(*item)
 
 
-@contextlib.contextmanager
-def dask_cluster(address: str):
-    """Send joblib's work to the Dask cluster of the scheduler at this address."""
+def run_all(function: Callable, items: list[tuple], args: argparse.Namespace) -> Iterator[tuple]:
+    """Yield (item, answer, None) in any order, or (item, None, reason) for an item that cost its workers their lives."""
+    if not args.dask_scheduler:
+        from joblib import Parallel, cpu_count, delayed
+        workers = min(args.num_workers if args.num_workers > 0 else cpu_count(), len(items)) or 1
+        try:
+            for item, answer in Parallel(workers, return_as='generator_unordered')(
+                    delayed(shielded)(function, item) for item in items):
+                yield item, answer, None
+        except BrokenProcessPool:
+            sys.exit('error: a worker process was killed, as it happens when memory runs out; use fewer with --num_workers, '
+                     'then the same command continues')
+        return
     try:
-        import distributed
+        from distributed import CancelledError, Client, KilledWorker, as_completed
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    logging.disable()  # Dask logs what is told below, with tracebacks
+    logging.disable()  # Dask logs tracebacks of what is told below
     try:
-        client = distributed.Client(address, timeout=10)
+        client = Client(args.dask_scheduler, timeout=10)
         client.wait_for_workers(1, timeout=30)
-    except Exception as error:  # whatever answers at such an address
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        sys.exit(f'error: no Dask scheduler with workers at {address} ({reason}); start them first')
+    except (OSError, ValueError) as error:
+        sys.exit(f'error: no Dask scheduler with workers at {args.dask_scheduler} ({error}); start them first')
+    with client:
+        waiting = iter(items)
+        todo = {client.submit(function, *item, pure=False): item for item in islice(waiting, AHEAD)}
+        futures = as_completed(list(todo))
+        for future in futures:
+            item = todo.pop(future)
+            try:
+                yield item, future.result(), None
+            except KilledWorker:
+                yield item, None, 'given up: the workers of the cluster that had it were killed'
+            except CancelledError:
+                sys.exit(f'error: the Dask scheduler at {args.dask_scheduler} went away; the same command continues')
+            for item in islice(waiting, 1):
+                future = client.submit(function, *item, pure=False)
+                todo[future] = item
+                futures.add(future)
 
-    def submit(task, callback=None):
-        job = submit_quietly(task, callback)
-        job.add_done_callback(lambda job: job.exception() and callback(job.exception()))
-        return job
 
-    with client, parallel_config('dask', client=client):
-        # joblib 1.6 tells nobody of a task whose workers died time and again, and waits for it for ever; it would work
-        # here where one worker has joined so far, and send no more than that many need where others join later
-        backend = get_active_backend()[0]
-        submit_quietly, backend.submit, backend.effective_n_jobs = backend.submit, submit, lambda n_jobs: MAX_DASK_WORKERS
-        try:
-            yield client
-        except (CancelledError, distributed.KilledWorker) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            sys.exit(f'error: the Dask cluster at {address} failed ({reason}); mend it, then the same command continues')
+def extract(args: argparse.Namespace, root: Path, files: list[str], clips: list[str]) -> None:
+    """Extract the clips that are not complete yet, write the report, say what came of it."""
+    import pandas as pd
+    known = {f'{clip}.mp4' for clip in clips}
+    rows = [(name, 'not a clip: no name like ID_000001_000005.mp4') for name in files if name not in known]
+    with ThreadPoolExecutor(16) as threads:  # which a slow file server answers together
+        complete = threads.map(functools.partial(is_complete, root), clips)
+        there = [done and not args.overwrite for done in tqdm(complete, total=len(clips), desc='check', unit='clip', delay=1)]
+    left = [(clip, root) for clip, done in zip(clips, there) if not done]
+    with workspace(root / WORK), tqdm(total=len(left), desc='extract', unit='clip', delay=1) as bar:
+        with contextlib.closing(run_all(extract_clip, left, args)) as answers:
+            for (clip, _), problem, failure in answers:
+                bar.update()
+                if problem or failure:
+                    rows.append((clip, problem or failure))
+    report = root / 'reports/extract_rgb_frames.csv'
+    report.parent.mkdir(exist_ok=True)
+    part = report.with_name(f'.{report.name}.part')
+    pd.DataFrame(sorted(rows), columns=['clip', 'reason']).to_csv(part, index=False, errors='backslashreplace')
+    os.replace(part, report)
 
-
-def write_report(path: Path, header: list[str], rows: list[tuple]) -> None:
-    """Write a csv beside its final name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
-        csv.writer(file, lineterminator='\n').writerows([header, *rows])
-    os.replace(path.with_suffix('.part'), path)
+    failed = len(rows) - (len(files) - len(clips))
+    print(f'{len(clips) - failed} of {len(clips)} clips in {root / "rawframes"} ({len(left) - failed} extracted now, '
+          f'{sum(there)} there already)')
+    for reason, count in Counter(row[1].split(':')[0] for row in rows).most_common():
+        print(f'  {count} left out: {reason}')
+    print(f'  report: {report}')
+    if failed == len(clips):
+        sys.exit('error: not one clip could be extracted; the report says why')
 
 
 def main(argv: list[str] | None = None) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
     args = parse_args(argv)
     root = args.avakinetics_root.absolute()
     if not (root / 'videos').is_dir():
         sys.exit(f'error: {root / "videos"} not found; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
-    files = sorted(entry.name for entry in os.scandir(root / 'videos') if not entry.name.startswith('.'))
+    files = sorted(name for name in os.listdir(root / 'videos') if not name.startswith('.'))
     clips = [name[:-4] for name in files if name.endswith('.mp4') and CLIP_NAME.fullmatch(name[:-4])]
     if not clips:
         sys.exit(f'error: {root / "videos"} holds no clip; do Step 3 (cut_kinetics.py) first')
-    known = {f'{clip}.mp4' for clip in clips}
-    rows = [(name, 'not a clip: no name like ID_000001_000005.mp4') for name in files if name not in known]
-
-    counts, report = Counter(), root / 'reports/extract_rgb_frames.csv'
-    with workspace(root / WORK):
-        tasks = (delayed(extract_clip)(clip, root, args.overwrite) for clip in clips)
-        with in_parallel(tasks, args) as answers:
-            for clip, outcome, reason in tqdm(answers, total=len(clips), desc='extract', unit='clip', delay=1):
-                counts[outcome] += 1
-                if reason:
-                    rows.append((clip, reason))
-        write_report(report, ['clip', 'reason'], sorted(rows))
-
-    done = counts['extracted'] + counts['kept']
-    print(f'{done} of {len(clips)} clips in {root / "rawframes"} ({counts["extracted"]} extracted now, '
-          f'{counts["kept"]} there already)')
-    for reason, count in Counter(row[1].split(':')[0] for row in rows).most_common():
-        print(f'  {count} left out: {reason}')
-    print(f'  report: {report}')
-    if not done:
-        sys.exit('error: not one clip could be extracted; the report says why')
-
-
-if __name__ == '__main__':
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-        main()
+        extract(args, root, files, clips)
+    except OSError as error:  # a full disk, missing permissions
+        sys.exit(f'error: {error}; fix it, then the same command continues')
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
-    except OSError as error:  # a full disk, missing permissions
-        sys.exit(f'error: {error}; mend it, then the same command continues')
-    finally:  # nothing is left to interrupt
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+if __name__ == '__main__':
+    main()

@@ -159,10 +159,10 @@ def plan_frames(keyframes: list[tuple[str, int]], neighbors: int) -> list[Frame]
 
 
 def frame_file(root: Path, frame: Frame) -> Path:
-    """The file that a frame is read from: a raw frame or, where its clip has none, the clip."""
-    if not (root / 'rawframes' / frame.clip).is_dir() and (video := root / f'videos/{frame.clip}.mp4').is_file():
-        return video
-    return root / f'rawframes/{frame.clip}/img_{(frame.second - int(frame.clip[-13:-7])) * FPS + 1:05d}.jpg'
+    """The file that a frame is read from: a raw frame or, where that is missing, the clip."""
+    image = root / f'rawframes/{frame.clip}/img_{(frame.second - int(frame.clip[-13:-7])) * FPS + 1:05d}.jpg'
+    video = root / f'videos/{frame.clip}.mp4'
+    return video if not image.is_file() and video.is_file() else image
 
 
 def frame_version(root: Path, frame: Frame) -> tuple[str, int, int] | None:
@@ -556,7 +556,7 @@ def detect_on_cluster(frames: list[Frame], options: Options, address: str) -> It
         from distributed import Client, KilledWorker, as_completed
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    logging.getLogger('distributed').setLevel(logging.CRITICAL)  # it logs tracebacks of what is told below
+    logging.disable()  # Dask logs tracebacks of what is told below
     try:
         client = Client(address, timeout=10)
         client.wait_for_workers(1, timeout=30)

@@ -7,23 +7,14 @@ ROOT/annotations/ava_train_v2.2.csv is looked up in ROOT/rawframes; what lacks f
 
     python3 softlink_ava.py --avakinetics_root=$MMACTION2/data/ava_kinetics --ava_root=$MMACTION2/data/ava
 """
-import signal
-
-if __name__ == '__main__':  # a Ctrl-C during the imports waits for their end: a line in place of a traceback
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-
 import argparse
-import contextlib
-import csv
 import os
 import pickle
 import re
-import resource
-import shutil
+import signal
 import sys
 from pathlib import Path
 
-import filelock
 from tqdm import tqdm
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
@@ -34,16 +25,15 @@ CLIP_NAME = re.compile(r'[A-Za-z0-9_-]{11}_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Step 7b: link AVA's frames into the data set, and check the whole.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Step 7b: link AVA's frames into the data set, and check the whole.")
     parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
-                        help='folder of the data set that is made')
+                        help='folder of the data set that is made (default: %(default)s)')
     parser.add_argument('--ava_root', type=Path, default=MMACTION2 / 'data/ava', metavar='DIR',
-                        help="folder of the AVA data set; its frames are in rawframes/")
+                        help='folder of the AVA data set; its frames are in rawframes/ (default: %(default)s)')
     return parser.parse_args(argv)
 
 
-def link_folder(source: Path, link: Path, work: Path) -> str:
+def link_folder(source: Path, link: Path) -> str:
     """Make `link` point to the folder `source`; return 'linked', 'kept', 'mended' or 'folder', a real one left alone."""
     if link.is_symlink():
         if os.readlink(link) == str(source):
@@ -53,8 +43,10 @@ def link_folder(source: Path, link: Path, work: Path) -> str:
         return 'folder'
     else:
         outcome = 'linked'
-    (work / link.name).symlink_to(source)
-    os.replace(work / link.name, link)
+    part = link.with_name(f'.{link.name}.part')
+    part.unlink(missing_ok=True)  # of a killed run
+    part.symlink_to(source)
+    os.replace(part, link)
     return outcome
 
 
@@ -85,65 +77,38 @@ def missing_frames(folder: Path, seconds: set[int]) -> str | None:
     return f'frames missing: {len(missing)} of {len(wanted)}, first img_{missing[0]:05d}.jpg' if missing else None
 
 
-@contextlib.contextmanager
-def memory_for(path: Path):
-    """Let this process take so much more memory as reading a pickle can need, since a small one may claim any amount."""
-    statm, limits = Path('/proc/self/statm'), resource.getrlimit(resource.RLIMIT_AS)
-    taken = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.is_file() else 2 ** 40  # macOS has none
-    most = taken + 20 * path.stat().st_size + 2 ** 30  # 4 to 6 times the file were measured
-    resource.setrlimit(resource.RLIMIT_AS, (most if limits[1] < 0 else min(most, limits[1]), limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+class Ignored:
+    """Stands in for whatever a pickle names."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class KeyReader(pickle.Unpickler):
+    """Reads the keys of a pickle without making objects of what it names: a pickle could run code."""
+
+    def find_class(self, module, name):
+        return Ignored
 
 
 def count_proposals(path: Path) -> str:
-    """How many frames a merged pickle has proposals for, read without making objects of what it names."""
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            return type('Ignored', (), {'__init__': lambda self, *args: None, '__setstate__': lambda self, state: None})
-
+    """How many frames a merged pickle has proposals for."""
     try:
-        with open(path, 'rb') as file, memory_for(path):
-            return str(len(Unpickler(file).load()))
-    except (pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError,
-            MemoryError, OverflowError, RecursionError, UnicodeError):
+        with open(path, 'rb') as file:
+            return str(len(KeyReader(file).load()))
+    except Exception:  # damaged bytes may make pickle raise anything
         return 'no readable'
 
 
-@contextlib.contextmanager
-def workspace(path: Path):
-    """A folder for unfinished files that belongs to this run alone, emptied before and removed after."""
-    path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path / 'lock')  # the kernel lets go when this process ends, however it ends
-    try:
-        lock.acquire(blocking=False)
-    except (filelock.Timeout, FileNotFoundError):  # the latter where the other run has just ended
-        sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
-    try:
-        for leftover in set(path.iterdir()) - {path / 'lock'}:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        lock.release()
-
-
-def write_report(path: Path, header: list[str], rows: list[tuple]) -> None:
-    """Write a csv beside its final name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
-        csv.writer(file, lineterminator='\n').writerows([header, *rows])
-    os.replace(path.with_suffix('.part'), path)
-
-
-def link_all(videos: list[str], ava: Path, root: Path, work: Path) -> None:
+def link_all(videos: list[str], ava: Path, root: Path) -> None:
     """Link the folders of all AVA videos, say what was done."""
     outcomes = {}
     try:
         for video in videos:
-            outcomes.setdefault(link_folder(ava / video, root / 'rawframes' / video, work), []).append(video)
+            outcomes.setdefault(link_folder(ava / video, root / 'rawframes' / video), []).append(video)
     except OSError as error:
         sys.exit(f'error: no link can be made in {root / "rawframes"} ({error.strerror}); copy {ava} there instead')
     words = dict(linked='linked now', kept='linked already', mended='broken or wrong links mended',
@@ -154,6 +119,7 @@ def link_all(videos: list[str], ava: Path, root: Path, work: Path) -> None:
 
 def check(root: Path) -> None:
     """Look up every annotated clip and AVA video, write the report, say whether the data set is complete."""
+    import pandas as pd
     annotations = root / 'annotations/ava_train_v2.2.csv'
     if not annotations.is_file():
         sys.exit(f'error: {annotations} not found, so the data set cannot be checked; do Step 7 (merge_annotations.py)')
@@ -168,7 +134,10 @@ def check(root: Path) -> None:
         if problem:
             rows.append((name, problem))
     report = root / 'reports/softlink_ava.csv'
-    write_report(report, ['clip', 'reason'], sorted(rows))
+    report.parent.mkdir(exist_ok=True)
+    part = report.with_name(f'.{report.name}.part')
+    pd.DataFrame(sorted(rows), columns=['clip', 'reason']).to_csv(part, index=False, errors='backslashreplace')
+    os.replace(part, report)
     proposals = root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl'
     print(f'AVA-Kinetics in {root}: {clips} Kinetics clips and {len(annotated) - clips} AVA videos annotated, '
           f'{total} rows, {count_proposals(proposals)} frames with proposals')
@@ -180,6 +149,7 @@ def check(root: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
     args = parse_args(argv)
     root, ava = args.avakinetics_root, args.ava_root.absolute() / 'rawframes'
     if args.ava_root.resolve() == root.resolve():
@@ -188,25 +158,19 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f'error: {ava} not found; extract the frames of AVA or set --ava_root')
     if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
         sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
-    (root / 'rawframes').mkdir(exist_ok=True)  # without raw frames of Kinetics, AVA's are the first
     videos = sorted(name for name in os.listdir(ava) if os.path.isdir(ava / name) and not name.startswith('.'))
     if not videos:
         sys.exit(f'error: {ava} holds no folder of frames; extract the frames of AVA or set --ava_root')
-    with workspace(root / 'rawframes/.softlink_ava') as work:
-        link_all(videos, ava, root, work)
-        check(root)
-
-
-if __name__ == '__main__':
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-        main()
+        (root / 'rawframes').mkdir(exist_ok=True)  # without raw frames of Kinetics, AVA's are the first
+        link_all(videos, ava, root)
+        check(root)
+    except OSError as error:  # a full disk, missing permissions
+        sys.exit(f'error: {error}; fix it, then the same command continues')
     except KeyboardInterrupt:
         print('interrupted; the same command continues', file=sys.stderr)
         sys.exit(130)
-    except OSError as error:  # a full disk, missing permissions
-        sys.exit(f'error: {error}; mend it, then the same command continues')
-    finally:  # nothing is left to interrupt
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+if __name__ == '__main__':
+    main()

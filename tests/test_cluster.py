@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+import draw
 from helpers import (REPO, TINY, annotation_rows, assert_same_people, errors, load, numbered_source, read_csv, run, snapshot,
                      write_root)
 
@@ -31,7 +32,9 @@ def cluster(folder, workers: int = 2):
     """The address of a scheduler, and the scheduler's process; its workers run in a folder of their own."""
     started = [dask('scheduler', '--port=0', '--host=127.0.0.1', f'--scheduler-file={folder}/scheduler.json', cwd=folder)]
     try:
+        deadline = time.monotonic() + 60
         while True:
+            assert started[0].poll() is None and time.monotonic() < deadline
             with contextlib.suppress(OSError, ValueError):
                 address = json.loads((folder / 'scheduler.json').read_text())['address']
                 break
@@ -72,7 +75,7 @@ def steps(folder, root, *options):
     return [
         ('cut_kinetics.py', '--avakinetics_anotation=.', '--kinetics_list=list.txt', f'--avakinetics_root={root}', *options),
         ('extract_rgb_frames.py', f'--avakinetics_root={root}', *options),
-        ('prepare_annotation.py', '--avakinetics_anotation=.', f'--avakinetics_root={root}', *options),
+        ('prepare_annotation.py', '--avakinetics_anotation=.', f'--avakinetics_root={root}'),  # needs no cluster
     ]
 
 
@@ -160,7 +163,9 @@ def started(command: list, job, root) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+    deadline = time.monotonic() + 60
     while not list(root.glob('videos/*.mp4')):
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     return process
 
@@ -182,13 +187,21 @@ def test_a_worker_that_dies_costs_nothing(job, tmp_path):
     }
 
 
-def test_a_task_that_kills_every_worker_ends_the_run_with_a_line(job, tmp_path):
-    (tmp_path / 'ffmpeg').write_text('#!/bin/sh\nkill -9 $PPID\n')
+def test_an_item_that_kills_every_worker_costs_itself_only(job, tmp_path):
+    (tmp_path / 'ffmpeg').write_text(f'''#!/bin/sh
+case "$*" in *00000000007_*) kill -9 $PPID; sleep 60;; esac
+exec {draw.FFMPEG} "$@"
+''')
     (tmp_path / 'ffmpeg').chmod(0o755)
     with cluster(tmp_path) as (address, _):
         command = steps(job, tmp_path / 'root', f'--dask_scheduler={address}', f'--ffmpeg={tmp_path}/ffmpeg')[0]
-        assert 'failed' in errors(run(*command, cwd=job, code=1))
-    assert not list((tmp_path / 'root').rglob('.*'))
+        done = run(*command, cwd=job)
+    assert f'{VIDEOS - 2} of {VIDEOS} annotated keyframes' in done.stdout
+    rows = read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:]
+    assert [row[0] for row in rows] == ['00000000005', '00000000007']
+    assert rows[1][2] == 'given up: the workers of the cluster that had it were killed'
+    run(*steps(job, tmp_path / 'root')[0], cwd=job)
+    assert snapshot(tmp_path / 'root/videos') == snapshot(job / 'root/videos')
 
 
 def test_a_scheduler_that_goes_away_ends_the_run_with_a_line(job, tmp_path):
@@ -198,22 +211,22 @@ def test_a_scheduler_that_goes_away_ends_the_run_with_a_line(job, tmp_path):
         os.killpg(scheduler.pid, signal.SIGKILL)
         _, err = process.communicate(timeout=120)
     lines = [line for line in err.splitlines() if 'video/s' not in line and line]
-    assert process.returncode == 1 and len(lines) == 1 and lines[0].startswith('error: the Dask cluster'), err
+    assert process.returncode == 1 and len(lines) == 1 and lines[0].startswith('error: the Dask scheduler'), err
     run(*steps(job, tmp_path / 'root')[0], cwd=job)
     assert snapshot(tmp_path / 'root/videos') == snapshot(job / 'root/videos')
 
 
 def test_cluster_errors_say_what_to_do(job, tmp_path):
-    for command in steps(job, 'root', '--dask_scheduler=nonsense'):
+    for command in steps(job, 'root', '--dask_scheduler=nonsense')[:2]:
         assert 'no Dask scheduler with workers' in errors(run(*command, cwd=job, code=1))
     command = steps(job, 'root', '--dask_scheduler=tcp://127.0.0.1:1')[0]
     assert 'no Dask scheduler with workers' in errors(run(*command, cwd=job, code=1))
     program = (
-        'import sys; sys.modules["distributed"] = None; sys.path.insert(0, sys.argv.pop(1)); import prepare_annotation; '
-        'prepare_annotation.main()'
+        'import sys; sys.modules["distributed"] = None; sys.path.insert(0, sys.argv.pop(1)); import cut_kinetics; '
+        'cut_kinetics.main()'
     )
     done = subprocess.run(
-        [sys.executable, '-c', program, str(REPO), *steps(job, 'root', '--dask_scheduler=tcp://x:1')[2][1:]],
+        [sys.executable, '-c', program, str(REPO), *steps(job, 'root', '--dask_scheduler=tcp://x:1')[0][1:], '--overwrite'],
         cwd=job,
         capture_output=True,
         text=True,

@@ -198,13 +198,13 @@ def test_every_unusable_line_is_reported_with_its_number(world):
     assert read_csv(world / 'root/reports/cut_kinetics_train.csv')[1:] == [
         ['aaaaaaaaaaa', '150', 'no listed video holds this second'], ['bbbbbbbbbbb', '3', 'video not in the list'],
         ['ddddddddddd', '3', 'no listed video holds this second'],
-        ['', '', 'malformed annotation: line 2: 4 columns instead of 7 or 2'],
-        ['', '', 'malformed annotation: line 3: not a time in seconds, nan'],
-        ['', '', "malformed annotation: line 4: not a video id, 'short'"],
-        ['', '', 'malformed annotation: line 5: not a box, 0.5 0.2 0.1 0.9'],
-        ['', '', 'malformed annotation: line 6: not a box, 0.1 0.2 inf 0.9'],
-        ['', '', 'malformed annotation: line 7: not an action of 1 to 80, 81'],
-        ['', '', "malformed annotation: line 8: could not convert string to float: 'x'"],
+        ['', '', 'malformed annotation: line 2: not 7 or 2 columns that begin with a video id'],
+        ['', '', 'malformed annotation: line 3: not a time in seconds'],
+        ['', '', 'malformed annotation: line 4: not 7 or 2 columns that begin with a video id'],
+        ['', '', 'malformed annotation: line 5: not a box within 0 and 1'],
+        ['', '', 'malformed annotation: line 6: not a box within 0 and 1'],
+        ['', '', 'malformed annotation: line 7: not an action of 1 to 80'],
+        ['', '', 'malformed annotation: line 8: not a box within 0 and 1'],
         ['', '', 'malformed list line: line 2: no name like ID_000001_000011.mp4'],
         ['', '', 'malformed list line: line 3: no name like ID_000001_000011.mp4']]
 
@@ -226,7 +226,7 @@ def test_the_right_spelling_and_the_documented_defaults_work(world):
     run('cut_kinetics.py', f'--avakinetics_annotation={world}/ava_kinetics_v1_0',
         f'--kinetics_list={world}/kinetics700/list.txt', f'--avakinetics_root={world}/root')
     shown = run('cut_kinetics.py', '--help', env={'MMACTION2': '/mm', 'PATH': '/usr/bin', 'COLUMNS': '200'}).stdout
-    assert '/mm/data/kinetics700/kinetics700_train_list_videos.txt' in shown and '(default: -1)' in shown
+    assert '/mm/data/kinetics700/kinetics700_train_list_videos.txt' in shown and '(default: all CPUs)' in shown
     assert '/mm/data/ava_kinetics)' in shown and '(default: ava_kinetics_v1_0)' in shown
 
 

@@ -1,6 +1,9 @@
 """Properties of the planning, for any set of annotations and sources."""
 import re
+import tempfile
+from pathlib import Path
 
+import pandas as pd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -8,6 +11,8 @@ import cut_kinetics
 import prepare_annotation
 from cut_kinetics import Source
 from fetch_proposal import plan_frames
+
+GOOD_LINES = ['aaaaaaaaaaa,5.005,0.1,0.2,0.5,0.9,12', 'aaaaaaaaaaa,7', '"aaaaaaaaaaa","6","0.1","0.2","0.5","0.9","12"']
 
 sources = st.lists(st.builds(lambda start, length, copy: Source(start, start + length, f'{copy}/{start}'),
                              st.integers(0, 60), st.integers(1, 12), st.integers(0, 2)), max_size=6, unique=True)
@@ -38,11 +43,14 @@ def test_every_second_is_in_exactly_one_clip_or_report_row(found, wanted, broken
     names, lost = cut_kinetics.settle_video(
         'aB_-0123456', found, wanted, lambda source, start, end: 'unreadable' if source in failing else None)
     ranges = [re.fullmatch(r'aB_-0123456_(\d{6})_(\d{6})\.mp4', name) for name in names]
-    clips = [(int(name[1]), int(name[2]), name[0][:-4]) for name in ranges]
+    clips = pd.DataFrame([dict(clip=name[0][:-4], video='aB_-0123456', start=int(name[1]), end=int(name[2]), problem='')
+                          for name in ranges], columns=['clip', 'video', 'start', 'end', 'problem'])
+    asked = pd.DataFrame(dict(video='aB_-0123456', second=sorted(wanted)))
+    chosen = dict(prepare_annotation.choose_clips(clips, asked)[['second', 'clip']].itertuples(index=False))
     reported = {second for _, second, reason in lost if reason}
     assert len(lost) == len(reported)
     for second in wanted:
-        held = prepare_annotation.choose_clip(clips, second)
+        held = chosen.get(second)
         working = any(source.start <= second < source.end for source in found if source not in failing)
         assert (held is not None) >= working and (second in reported) == (not working)
 
@@ -55,15 +63,24 @@ def test_names_parse_back(video, start, length):
     assert cut_kinetics.SOURCE_NAME.fullmatch(name)['id'] == video
 
 
-@given(st.text(max_size=200))
-def test_no_line_of_annotations_does_anything_but_parse_or_say_why_not(line):
-    for module in cut_kinetics, prepare_annotation:
-        try:
-            video, timestamp, box, action = module.parse_annotation(line)
-        except ValueError as error:
-            assert '\n' not in str(error) and len(str(error)) < 400
-        else:
-            assert re.fullmatch(r'[A-Za-z0-9_-]{11}', video) and 0 <= timestamp < 1e6
+@given(st.lists(st.text(max_size=60) | st.sampled_from(GOOD_LINES), max_size=6))
+@settings(deadline=None)
+def test_lines_of_annotations_are_rows_or_problems(lines):
+    """In any company; Steps 3 and 5 agree on them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'rows.csv'
+        path.write_text('\n'.join(lines), errors='replace')
+        keyframes, nobody, problems = cut_kinetics.read_keyframes(path)
+        table, the_same = prepare_annotation.read_annotations(path)
+        count = sum(bool(line.strip()) for line in open(path, encoding='utf-8-sig'))
+    assert problems == the_same and len(table) + len(problems) == count
+    assert all('\n' not in reason and len(reason) < 400 for _, _, reason in problems)
+    assert all(re.fullmatch('[A-Za-z0-9_-]{11}', video) for video in table.video) and table.timestamp.between(0, 1e6).all()
+    people = table[table.x1.notna()]
+    assert set(zip(people.video, people.timestamp.astype(int))) == {
+        (video, second) for video, seconds in keyframes.items() for second in seconds}
+    assert len(people) >= len([line for line in lines if line == GOOD_LINES[0]])
+    assert nobody <= len(table) - len(people)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=8), st.integers(0, 3))
