@@ -238,3 +238,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == '__main__':
     main()
+    for number in signal.SIGINT, signal.SIGTERM:  # while the workers end, nothing is left to interrupt
+        signal.signal(number, signal.SIG_IGN)
