@@ -167,7 +167,8 @@ def run_all(function: Callable, items: list[tuple], args: argparse.Namespace) ->
         client = Client(args.dask_scheduler, timeout=10)
         client.wait_for_workers(1, timeout=30)
     except (OSError, ValueError) as error:
-        sys.exit(f'error: no Dask scheduler with workers at {args.dask_scheduler} ({error}); start them first')
+        reason = str(error).split('\n')[0]
+        sys.exit(f'error: no Dask scheduler with workers at {args.dask_scheduler} ({reason}); start them first')
     with client:
         waiting = iter(items)
         todo = {client.submit(function, *item, pure=False): item for item in islice(waiting, AHEAD)}

@@ -34,7 +34,7 @@ import types
 import warnings
 import zipfile
 from collections import Counter, deque
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import BuiltinImporter, ModuleSpec
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
@@ -553,7 +553,7 @@ def detect_chunk(frames: list[Frame], options: Options) -> list[tuple[str, np.nd
 def detect_on_cluster(frames: list[Frame], options: Options, address: str) -> Iterator[tuple[str, np.ndarray | str]]:
     """Yield what `detect` does, from the workers of a Dask cluster; frames whose workers die again and again are skipped."""
     try:
-        from distributed import Client, KilledWorker, as_completed
+        from distributed import CancelledError, Client, KilledWorker, as_completed
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
     logging.disable()  # Dask logs tracebacks of what is told below
@@ -561,7 +561,8 @@ def detect_on_cluster(frames: list[Frame], options: Options, address: str) -> It
         client = Client(address, timeout=10)
         client.wait_for_workers(1, timeout=30)
     except (OSError, ValueError) as error:
-        sys.exit(f'error: no Dask scheduler with workers at {address} ({str(error).splitlines()[0]}); start them first')
+        reason = str(error).split('\n')[0]
+        sys.exit(f'error: no Dask scheduler with workers at {address} ({reason}); start them first')
     with client:
         client.upload_file(__file__)  # as a module: what is sent from __main__ would load the detector for every task
         module = importlib.import_module(Path(__file__).stem)
@@ -575,6 +576,8 @@ def detect_on_cluster(frames: list[Frame], options: Options, address: str) -> It
                 yield from future.result()
             except KilledWorker:
                 yield from ((frame.key, 'not detected: the workers of the cluster that had it were killed') for frame in chunk)
+            except module.DetectorError as error:  # which is not this module's class where this one is __main__
+                raise DetectorError(str(error)) from None
             except CancelledError:
                 sys.exit(f'error: the Dask scheduler at {address} went away; what is done is saved, the same command continues')
 
@@ -681,9 +684,8 @@ def start_detection(frames: list[Frame], args: argparse.Namespace, checkpoint: P
     if (args.num_gpus or 0) > visible > 0:
         print(f'only {visible} of {args.num_gpus} GPUs are visible', file=sys.stderr)
     gpus = visible if args.num_gpus is None else min(args.num_gpus, visible)
-    if args.dask_scheduler or gpus > 1:
-        build_detector(options)  # a checkpoint that does not fit is told here, once
     if args.dask_scheduler:
+        build_detector(options)  # a checkpoint that does not fit is told before the cluster is asked
         return detect_on_cluster(frames, options, args.dask_scheduler)
     if gpus > 1:
         return detect_on_gpus(frames, options, [f'cuda:{number}' for number in range(gpus)])

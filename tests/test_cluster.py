@@ -154,6 +154,17 @@ class NotingDetector(CascadeRCNN):
     assert len(built) == len(set(built)) == 3  # nine chunks
 
 
+def test_a_detector_that_cannot_start_on_a_worker_ends_the_run_with_a_line(tmp_path):
+    write_root(tmp_path / 'root', range(1))
+    (tmp_path / 'soft.py').write_text(f"""_base_ = '{REPO}/tests/tiny_detector.py'
+model = dict(test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms'))))
+""")
+    with cluster(tmp_path, workers=1) as (address, _):
+        options = [f'--avakinetics_root={tmp_path}/root', f'--config={tmp_path}/soft.py', TINY[1]]
+        message = errors(run('fetch_proposal.py', *options, f'--dask_scheduler={address}', code=1))
+    assert "the detector cannot run: NotImplementedError: it needs mmcv's compiled operator softnms" in message
+
+
 def started(command: list, job, root) -> subprocess.Popen:
     """A run of a step that has made its first clip and is still at work."""
     process = subprocess.Popen(
