@@ -5,7 +5,8 @@ Reads the AVA-Kinetics annotations (kinetics_train_v1.0.csv) and the list of Kin
 writes ROOT/videos/<video_id>_<start:06d>_<end:06d>.mp4: two seconds around the annotated keyframes, constant 30 fps,
 exactly (end - start) * 30 frames, frame k being the source frame nearest to source time start - source_start + k / 30.
 What could not be cut is in ROOT/reports/cut_kinetics_train.csv with its reason. Run it again to continue after an
-interruption. With `--split val`, all names have val in place of train.
+interruption: clips that are there are kept, unless their source is newer. With `--split val`, all names have val in place
+of train.
 
     python3 cut_kinetics.py --avakinetics_anotation=./ava_kinetics_v1_0 \\
         --kinetics_list=$MMACTION2/data/kinetics700/kinetics700_train_list_videos.txt \\
@@ -17,11 +18,10 @@ import csv
 import ctypes
 import errno
 import fcntl
-import glob
-import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -29,13 +29,15 @@ import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
+import types
+import uuid
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator
 
 import imageio_ffmpeg
 from tqdm import tqdm
@@ -44,37 +46,33 @@ MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
 CONTEXT_S = 2  # seconds kept before and after the keyframes; MMAction2's windows reach 32 frames, about one second
 MAX_REPEAT = 22  # frames: a source that ends up to 0.75 s early has its last frame repeated
+MAX_OFF_S = 0.75  # how far a frame's source time may be from its due time where pictures are missing
 MAX_LEAD_S = 0.2  # codec delays put the first picture up to 0.1 s behind the sound; beyond, pictures are missing
 # More SSIM than x264's defaults (medium, crf 23) at a third of the time and below 1.8 times the size. One B-frame and no
 # look-ahead are faster than superfast itself; without CABAC (9 % of size), Step 4 and training decode a quarter faster
 ENCODER = ['-c:v', 'libx264', '-preset', 'superfast', '-crf', '21.4', '-bf', '1', '-b_strategy', '0', '-weightp', '0',
            '-coder', 'vlc', '-threads', '1', '-pix_fmt', 'yuv420p']
 COLOURS = 'scale=out_range=limited:out_color_matrix=bt601'  # as decoders and JPEG take them; most sources have them
+CLIP_FORMAT = 2  # higher for each change of this script that makes other clips
 # Only real containers: ffmpeg would also read a playlist under a video's name, and with it any other file
 FORMATS = 'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpegts,mpeg,ogg'
 MAX_PIXELS = 7680 * 4320  # a header that claims larger pictures would cost gigabytes of memory
 MAX_BYTES = 2 ** 30  # of a video in an archive; ten seconds have a few MB
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
-AHEAD = 2000  # items that a cluster is given at once
 TIME_LIMIT = 12  # s that ffmpeg may take for each second of video, some 100 times the usual, and 30 s more
 KILLED = 'unreadable video: ffmpeg was killed, as it happens when memory runs out'
 DISK_FULL = {b'No space left on device': errno.ENOSPC, b'Disk quota exceeded': errno.EDQUOT}
-ARCHIVE_ERRORS = OSError, EOFError, zlib.error, tarfile.TarError
-VIDEO_ID = r'[A-Za-z0-9_-]{11}'
+READ_AGAIN = 'archive to read again'
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+AHEAD = 2000  # items that a cluster is given at once
+VIDEO_ID = re.compile(r'[A-Za-z0-9_-]{11}')
 NUMBERS = ['timestamp', 'x1', 'y1', 'x2', 'y2', 'action']
 BLOCK = 2 ** 22  # bytes of annotations that are read together
-SOURCE_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})\.[A-Za-z0-9]+')
-
-
-class Source(NamedTuple):
-    """A Kinetics-700 video: seconds [start, end) of the original, and its path as the list gives it."""
-    start: int
-    end: int
-    path: str
+SOURCE_NAME = r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})\.[A-Za-z0-9]+'
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Step 3: cut the annotated clips out of the Kinetics-700 videos.')
+    parser = argparse.ArgumentParser(description='Step 3: cut the annotated clips out of the Kinetics-700 videos.',
+                                     fromfile_prefix_chars='@')
     parser.add_argument('--avakinetics_anotation', '--avakinetics_annotation', type=Path, default=Path('ava_kinetics_v1_0'),
                         metavar='DIR', help='folder of the AVA-Kinetics annotations (default: %(default)s)')
     parser.add_argument('--split', choices=['train', 'val'], default='train', help='part of AVA-Kinetics (default: train)')
@@ -82,8 +80,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help='list of the Kinetics-700 videos, a line each: PATH [LABEL] (default: '
                         f'{MMACTION2}/data/kinetics700/kinetics700_train_list_videos.txt, or ..._val_...)')
     parser.add_argument('--kinetics_archives', nargs='+', metavar='ARCHIVE',
-                        help='in place of --kinetics_list: tar or tar.gz files, patterns, URLs, or @FILE with one of '
-                        'these a line; read in one pass, never unpacked')
+                        help='in place of --kinetics_list: tar or tar.gz files or URLs, or @FILE with one of these a line; '
+                        'read in one pass, never unpacked')
     parser.add_argument('--short_side', type=int, metavar='N',
                         help='scale clips down to N pixels on their short side (default: size of the source)')
     parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
@@ -96,6 +94,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--overwrite', action='store_true', help='cut clips again that are there already')
     args = parser.parse_args(argv)
     args.kinetics_list = args.kinetics_list or MMACTION2 / f'data/kinetics700/kinetics700_{args.split}_list_videos.txt'
+    args.avakinetics_root = args.avakinetics_root.absolute()
     if args.num_workers < 1 and args.num_workers != -1:
         sys.exit('error: --num_workers must be 1 or more, or -1 for all CPUs')
     if args.short_side is not None and (args.short_side < 2 or args.short_side % 2):
@@ -122,9 +121,10 @@ def read_annotations(path: Path):
                                      columns=['video', *NUMBERS])
                 numbers = table[NUMBERS].apply(pd.to_numeric, errors='coerce').astype(float)
                 table[NUMBERS] = numbers.mask(numbers.isna() & table[NUMBERS].notna(), -1)  # not a number
+            named = table.video.isin([video for video in table.video.dropna().unique().tolist() if VIDEO_ID.fullmatch(video)])
             box, nobody = table[NUMBERS[1:5]], table[NUMBERS[1:]].isna().all(axis=1)
             inside = ((box >= 0) & (box <= 1)).all(axis=1) & (table.x1 < table.x2) & (table.y1 < table.y2)
-            faults = [('not 7 or 2 columns that begin with a video id', ~table.video.fillna('').str.fullmatch(VIDEO_ID)),
+            faults = [('not 7 or 2 columns that begin with a video id', ~named),
                       ('not a time in seconds', ~table.timestamp.between(0, 1e6, 'left')),
                       ('not a box within 0 and 1', ~(inside | nobody)),
                       ('not an action of 1 to 80', ~(table.action.between(1, 80) & (table.action % 1 == 0) | nobody))]
@@ -136,54 +136,62 @@ def read_annotations(path: Path):
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=['video', *NUMBERS]), problems
 
 
-def read_keyframes(path: Path) -> tuple[dict[str, set[int]], int, list[tuple]]:
-    """The annotated seconds of every video, the number of seconds without people, and report rows on malformed lines."""
+def read_keyframes(path: Path):
+    """The annotated seconds as a DataFrame of video and second, the number of those without people, and report rows."""
     table, problems = read_annotations(path)
-    pairs = {peopled: set(zip(part.video, part.timestamp.astype(int))) for peopled, part in table.groupby(table.x1.notna())}
-    keyframes = {}
-    for video, second in pairs.get(True, ()):
-        keyframes.setdefault(video, set()).add(second)
-    return keyframes, len(pairs.get(False, set()) - pairs.get(True, set())), problems
+    table['second'] = table.timestamp.astype(int)  # MMAction2 names a keyframe so; real ones are 0 to 0.17 s later
+    people = table.x1.notna()
+    keyframes = table.loc[people, ['video', 'second']].drop_duplicates(ignore_index=True)
+    return keyframes, len(table[['video', 'second']].drop_duplicates()) - len(keyframes), problems
 
 
-def read_sources(path: Path, keyframes: dict[str, set[int]]) -> tuple[dict[str, list[Source]], list[tuple]]:
-    """By annotated video the listed sources that hold an annotated second, and report rows on malformed lines."""
-    sources, problems = {}, []
-    with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
-        for number, line in enumerate(file, 1):
-            words = line.strip().rsplit(None, 1)
-            if not words:
-                continue
-            video = words[0] if words[-1].lstrip('+-').isdigit() else line.strip()
-            name = SOURCE_NAME.fullmatch(video.rsplit('/', 1)[-1])
-            if not name or int(name['end']) <= int(name['start']):
+def read_sources(path: Path, videos: set[str]):
+    """The listed sources of these videos as a DataFrame of video, start, end (s), path, and report rows on malformed lines."""
+    import pandas as pd
+    line = rf'^[ \t]*((?:.*/)?{SOURCE_NAME})(?:[ \t]+[+-]?[0-9]+)?[ \t]*$'
+    text, problems = path.read_text(encoding='utf-8-sig', errors='surrogateescape'), []
+    found = re.findall(line, text, re.M)
+    if len(found) < text.count('\n') + 1 or any(start >= end for _, _, start, end in found):
+        for number, words in enumerate(text.split('\n'), 1):
+            name = re.match(line, words)
+            if words.strip() and not (name and name[3] < name[4]):
                 problems.append(('', '', f'malformed list line: line {number}: no name like ID_000001_000011.mp4'))
-                continue
-            if name['id'] in keyframes:
-                source, copies = Source(int(name['start']), int(name['end']), video), sources.setdefault(name['id'], [])
-                if any(source.start <= second < source.end for second in keyframes[name['id']]) and source not in copies:
-                    copies.append(source)
-    return sources, problems
+    sources = dict.fromkeys((video, int(start), int(end), path) for path, video, start, end in found
+                            if video in videos and start < end)
+    return pd.DataFrame(list(sources), columns=['video', 'start', 'end', 'path']), problems
 
 
-def plan_clips(sources: list[Source], seconds: set[int]) -> dict[Source, list[int]]:
-    """Give every annotated second to the source in which it is most centred; seconds in no source are left out."""
-    plan = {}
-    for second in sorted(seconds):
-        holding = [source for source in sources if source.start <= second < source.end]
-        if holding:
-            best = min(holding, key=lambda source: abs(source.start + source.end - 2 * second))
-            plan.setdefault(best, []).append(second)
-    return plan
+def find_holders(keyframes, sources):
+    """Every keyframe with every source that holds it: columns video, second, source (its index), start, end, rank."""
+    holders = keyframes.merge(sources.rename_axis('source').reset_index(), on='video')
+    holders = holders[(holders.start <= holders.second) & (holders.second < holders.end)]
+    if 'rank' not in holders:  # most centred first
+        holders['rank'] = (holders.start + holders.end - 2 * holders.second).abs()
+    return holders.sort_values('rank', kind='stable')
 
 
-def clip_name(video_id: str, start: int, end: int) -> str:
-    return f'{video_id}_{start:06d}_{end:06d}.mp4'
+def clip_range(start: int, end: int, first: int, last: int) -> tuple[int, int]:
+    """Seconds [start, end) of the original to keep for keyframes first to last: two around them, within the source's."""
+    return max(start, first - CONTEXT_S), min(end, last + CONTEXT_S)
 
 
-def clip_range(source: Source, seconds: list[int]) -> tuple[int, int]:
-    """Seconds [start, end) of the original video to keep: two around the keyframes, within the source."""
-    return max(source.start, min(seconds) - CONTEXT_S), min(source.end, max(seconds) + CONTEXT_S)
+def clip_name(video: str, start: int, end: int) -> str:
+    return f'{video}_{start:06d}_{end:06d}.mp4'
+
+
+def name_clips(held, sources):
+    """The sources of these keyframes, with the clip that covers them: its start and length (s) and its name."""
+    spans = sources.join(held.groupby('source').second.agg(['min', 'max']), how='inner')
+    ranges = [clip_range(*row) for row in spans[['start', 'end', 'min', 'max']].itertuples(index=False)]
+    return spans.assign(offset=[first - start for (first, _), start in zip(ranges, spans.start)],
+                        seconds=[last - first for first, last in ranges],
+                        name=[clip_name(video, *span) for video, span in zip(spans.video, ranges)])
+
+
+def plan_clips(keyframes, sources):
+    """The keyframes with the source in which each is most centred, and these sources with their clips."""
+    covered = find_holders(keyframes, sources).drop_duplicates(['video', 'second'])
+    return covered, name_clips(covered, sources)
 
 
 def cut_command(ffmpeg: str, video: Path, offset: int, seconds: int, short_side: int | None, target: Path) -> list[str]:
@@ -191,210 +199,173 @@ def cut_command(ffmpeg: str, video: Path, offset: int, seconds: int, short_side:
 
     `setpts` moves every frame to the middle between its predecessor and itself, so that `fps`, which holds a frame
     until the next one is due, takes the nearest frame on either side, at any frame rate. Source time 0 is the
-    container's start, or the first picture where that follows within MAX_LEAD_S.
+    container's start, or the first picture where that follows within MAX_LEAD_S. A gap between pictures that leaves
+    frames of the clip without one within MAX_OFF_S is printed, as two times, among the errors (level 16).
     """
+    before, far = 'if(isnan(PREV_INT),0,PREV_INT)', MAX_OFF_S
+    gap = f'gt(T-{before},if(isnan(PREV_INT),{far},{2 * far}))*gt(T-{far},{offset})*lt({before}+{far},{offset + seconds})'
     filters = (
-        f"settb=AVTB,setpts='(PTS+if(isnan(PREV_INPTS),PTS,PREV_INPTS))/2-if(lt(STARTT,{MAX_LEAD_S}),STARTPTS,0)',"
+        f"settb=AVTB,setpts='(PTS+if(isnan(PREV_INPTS),PTS,PREV_INPTS))/2-if(lt(STARTT,{MAX_LEAD_S}),STARTPTS,0)"
+        f"+if({gap},0*(print({before},16)+print(T,16)),0)',"
         f'fps={FPS}:start_time={offset}:round=up,tpad=stop={MAX_REPEAT}:stop_mode=clone,'
         'crop=trunc(iw/2)*2:trunc(ih/2)*2:0:0,')  # yuv420p needs even sides; boxes are relative
     if short_side:
         factor = f'min(1,{short_side}/min(iw,ih))'
         filters += f"scale='2*round(iw/2*{factor})':'2*round(ih/2*{factor})',"
-    return [ffmpeg, '-nostdin', '-v', 'error', '-protocol_whitelist', 'file', '-format_whitelist', FORMATS,
+    return [ffmpeg, '-nostdin', '-v', 'level+warning', '-protocol_whitelist', 'file', '-format_whitelist', FORMATS,
             '-max_pixels', str(MAX_PIXELS), '-threads', '1', '-i', f'file:{video}', '-map', '0:V:0',
             '-vf', filters + COLOURS, '-frames:v', str(seconds * FPS), *ENCODER,
             '-map_metadata', '-1', '-map_chapters', '-1', '-f', 'mp4', '-y', str(target)]
 
 
-def cut_clip(video: Path, offset: int, seconds: int, target: Path, options: argparse.Namespace) -> str | None:
-    """Cut one clip into `target`; return None, or the reason why it cannot be had from this video."""
+def find_damage(video: Path, start: int, end: int, words: str) -> str | None:
+    """Why source times start to end (s) may show what was decoded with errors, of which ffmpeg's are `words`; else None.
+
+    An error shows in no picture before its packet's decoding time, and in none after the next key frame.
+    """
+    import av
+    fault, harmless = None, False
+    av.logging.set_level(av.logging.ERROR)
+    with open(video, 'rb') as file, av.open(file) as source, av.logging.Capture() as log:
+        stream = source.streams.video[0]
+        stream.thread_type = 'NONE'
+        for packet in source.demux(stream):
+            pts, dts = (math.nan if ticks is None else float(ticks * packet.time_base) - (source.start_time or 0) / av.time_base
+                        for ticks in (packet.pts, packet.dts))
+            if packet.is_keyframe and pts <= start:
+                fault = None
+            log.clear()
+            try:
+                packet.decode()
+                wrong = log or packet.is_corrupt
+            except av.FFmpegError:
+                wrong = True
+            if wrong and fault is None:
+                fault, harmless = dts, True
+    av.logging.set_level(None)
+    if fault is None or fault >= end + MAX_LEAD_S:
+        return None if harmless else f'damaged video: {words}'
+    return f'damaged video: {words}, at {max(0, fault):.1f} s'
+
+
+def cut_clip(video: Path, offset: int, seconds: int, name: str, options: argparse.Namespace) -> str | None:
+    """Cut ROOT/videos/<name> out of a video; return None, or the reason why it cannot be had, and then it is not there."""
+    videos = options.avakinetics_root / 'videos'
+    part = videos / f'.cut_kinetics_{options.split}/{uuid.uuid4().hex}.mp4'
     try:
-        done = subprocess.run(cut_command(options.ffmpeg, video, offset, seconds, options.short_side, target),
+        problem = cut_part(video, offset, seconds, part, options)
+        if problem:
+            (videos / name).unlink(missing_ok=True)  # of an earlier run
+        else:
+            os.replace(part, videos / name)
+    finally:
+        part.unlink(missing_ok=True)
+    return problem
+
+
+def cut_part(video: Path, offset: int, seconds: int, part: Path, options: argparse.Namespace) -> str | None:
+    """Cut one clip into `part`; return None, or the reason why it cannot be had from this video."""
+    try:
+        done = subprocess.run(cut_command(options.ffmpeg, video, offset, seconds, options.short_side, part),
                               capture_output=True, timeout=30 + TIME_LIMIT * (offset + seconds))
     except subprocess.TimeoutExpired:
         return f'unreadable video: ffmpeg took more than {30 + TIME_LIMIT * (offset + seconds)} s'
     for message, number in DISK_FULL.items():
         if message in done.stderr:
-            raise OSError(number, os.strerror(number), str(target.parent))
+            raise OSError(number, os.strerror(number), str(part.parent))
     if done.returncode < 0:
         return KILLED
+    told = done.stderr.decode(errors='replace').splitlines()
+    faults = [line for line in told if re.search(r'\[(error|fatal)\]|corrupt', line)]
+    gap = [float(line.split()[-1]) for line in faults if line.startswith('[Eval')]
+    words = re.sub(r'^(\[.*?\] )+', '', (faults or ['ffmpeg gives no reason'])[0]).replace(f'file:{video}', '').strip(': ')
     if done.returncode:
-        lines = done.stderr.decode(errors='replace').splitlines() or ['ffmpeg gives no reason']
-        reason = re.sub(r'^\[.*? @ 0x\w+\] ', '', lines[0]).replace(f'file:{video}', '').strip(': ')
-        return f'unreadable video: {reason}'
+        return f'unreadable video: {words}'
+    if gap:
+        return f'damaged video: no picture between {gap[0]:.1f} and {gap[1]:.1f} s'
     import av
     try:
-        with av.open(str(target), format='mov') as clip:
+        with open(part, 'rb') as file, av.open(file, format='mov') as clip:
             frames = sum(packet.size > 0 for packet in clip.demux(video=0))
     except (av.FFmpegError, IndexError):  # nothing was decoded
         frames = 0
     if frames < seconds * FPS:
-        return 'source too short: it ends {:.1f} s before the clip does'.format(
-            seconds - max(0, frames - MAX_REPEAT) / FPS)
-    return None
+        return f'source too short: it ends {seconds - max(0, frames - MAX_REPEAT) / FPS:.1f} s before the clip does'
+    return find_damage(video, offset, offset + seconds, words) if faults else None
 
 
-@contextlib.contextmanager
-def unfinished(root: Path, split: str):
-    """A folder of its own for one item's unfinished files; on a cluster, two workers may happen to do the same item."""
-    with tempfile.TemporaryDirectory(dir=root / f'videos/.cut_kinetics_{split}', ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+def find_video(path: str, folders: list[str]) -> str | None:
+    """Where a listed video lies: an absolute path, or below one of the folders."""
+    return next((found for found in (os.path.join(folder, path) for folder in folders) if os.path.isfile(found)), None)
 
 
-def settle_video(video_id: str, sources: list[Source], seconds: set[int],
-                 attempt: Callable[[Source, int, int], str | None]) -> tuple[set[str], list[tuple]]:
-    """Get all clips of one video; where a source fails, its seconds go to the next best one.
-
-    `attempt(source, start, end)` gets one clip, or returns why it cannot be had. Returns the names of the clips, and
-    report rows for the seconds that have none.
-    """
-    sources, reasons, settled = list(sources), {}, False
-    while not settled:
-        plan, settled = plan_clips(sources, seconds), True
-        for source, covered in plan.items():
-            problem = attempt(source, *clip_range(source, covered))
-            if problem:
-                reasons.update({second: reasons.get(second, []) + [problem] for second in covered})
-                sources.remove(source)
-                settled = False
-                break
-    names = {clip_name(video_id, *clip_range(source, covered)) for source, covered in plan.items()}
-    return names, [(video_id, second, '; '.join(reasons.get(second, ['no listed video holds this second'])))
-                   for second in seconds.difference(*plan.values())]
+def cut_listed(path: str, folders: list[str], offset: int, seconds: int, name: str, options: argparse.Namespace) -> str | None:
+    """Cut one clip out of a listed video; return None, or the reason why it cannot be had."""
+    video = find_video(path, folders)
+    return cut_clip(Path(video), offset, seconds, name, options) if video else f'file missing: {path}'
 
 
-def cut_video(video_id: str, sources: list[Source], seconds: set[int], folders: list[Path], root: Path,
-              options: argparse.Namespace) -> tuple[int, int, list[tuple]]:
-    """Cut all clips of one video out of files: the number cut now, the number there before, and report rows."""
-    fresh = set()
+def cut_archive(archive: str, known: list, annotations: Path, options: argparse.Namespace, only: list[str]) -> dict:
+    """Cut the annotated seconds of every video in a tar archive, a file or URL, which is read once from front to back.
 
-    def attempt(source: Source, start: int, end: int) -> str | None:
-        name = clip_name(video_id, start, end)
-        if name in fresh or (root / 'videos' / name).exists() and not options.overwrite:
-            return None
-        try:
-            video = next((path for path in (folder / source.path for folder in folders) if path.is_file()), None)
-        except (OSError, ValueError) as error:  # no permission, a name that no file can have
-            return f'unreadable video: {error}'
-        if video is None:
-            return f'file missing: {source.path}'
-        problem = cut_clip(video.absolute(), start - source.start, end - start, work / name, options)
-        if not problem:
-            fresh.add(name)
-        return problem
-
-    with unfinished(root, options.split) as work:
-        names, lost = settle_video(video_id, sources, seconds, attempt)
-        for name in names & fresh:
-            os.replace(work / name, root / 'videos' / name)
-    return len(names & fresh), len(names - fresh), lost
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether reading an archive again may help: after a dropped connection, not on a full disk or a missing file."""
-    import aiohttp
-    return (isinstance(error, (*ARCHIVE_ERRORS, aiohttp.ClientError))
-            and not isinstance(error, (FileNotFoundError, PermissionError))
-            and getattr(error, 'errno', None) not in DISK_FULL.values())
-
-
-def patiently(function: Callable) -> Callable:
-    import tenacity
-    return tenacity.retry(stop=tenacity.stop_after_attempt(5), wait=tenacity.wait_random_exponential(max=20),
-                          retry=tenacity.retry_if_exception(may_pass), reraise=True)(function)
-
-
-def staged_folder(root: Path, split: str) -> Path:
-    """Where clips out of archives wait for the final plan: on the disk of ROOT/videos, which may be a link to another."""
-    return (root / 'videos' if (root / 'videos').is_symlink() else root) / f'.cut_kinetics_{split}_staged'
-
-
-def staged_clip(root: Path, split: str, key: tuple) -> Path:
-    """The place of a clip that waits; key: video, source start and end, clip start and end."""
-    return staged_folder(root, split) / '{}_{:06d}_{:06d}_{:06d}_{:06d}.mp4'.format(*key)
-
-
-def cut_archive(archive: str, annotations: Path, root: Path, options: argparse.Namespace
-                ) -> tuple[str, list[tuple], str | None]:
-    """Cut the clips of every wanted video in a tar archive, a file or URL, read once from front to back.
-
-    The sources in other archives are unknown here, so that every range is cut that the final plan may ask of a source,
-    one but for the videos with several annotated seconds (0.14 %), and staged under the source's name and its own.
-    Returns the archive, for every range (video, source start, source end, start, end, None or the reason of a failure),
-    and None or what stopped it.
+    Returns what the ledger notes: what tells the archive from others (name, size, modification time or ETag), the videos in
+    it, those that cannot be used with their reasons, the clips made now, and what stopped it. A `known` archive is not
+    read; `only` these clips are made, if any are given, although they are there.
     """
     import aiohttp
     import fsspec
-    results, keyframes = {}, read_keyframes(annotations)[0]  # 2 s for all of them, and less than sending them
-
-    def cut_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        name = SOURCE_NAME.fullmatch(member.name.rsplit('/', 1)[-1])
-        if (not name or not member.isfile() or member.issparse() or member.name.startswith('/')
-                or '..' in member.name.split('/')):
-            return
-        source = Source(int(name['start']), int(name['end']), name[0])
-        held = [second for second in keyframes.get(name['id'], ()) if source.start <= second < source.end]
-        ranges = {clip_range(source, [first, last]) for first in held for last in held if first <= last}
-        keys = {(name['id'], source.start, source.end, *span) for span in ranges}
-        there = {key for key in keys if staged_clip(root, options.split, key).exists() or not options.overwrite
-                 and (root / 'videos' / clip_name(key[0], *key[3:])).exists()}
-        results.update({key: None for key in there})
-        wanted = sorted(keys - results.keys())
-        if member.size > MAX_BYTES:
-            results.update({key: f'unreadable video: larger than {MAX_BYTES:,} bytes' for key in wanted})
-            return
-        if wanted:
-            with open(work / name[0], 'wb') as file:
-                shutil.copyfileobj(tar.extractfile(member), file, 1 << 20)
-        for key in wanted:
-            offset, seconds, clip = key[3] - source.start, key[4] - key[3], work / clip_name(key[0], *key[3:])
-            results[key] = cut_clip(work / name[0], offset, seconds, clip, options)
-            if not results[key]:
-                os.replace(clip, staged_clip(root, options.split, key))
-        (work / name[0]).unlink(missing_ok=True)
-
-    def read() -> None:
-        with fsspec.open(archive, 'rb').open() as file:
-            read_some, empty = patiently(file.read), 0
-
-            def read_on(size: int) -> bytes:  # takes a dropped connection up where it broke, if the server can
-                nonlocal empty
-                data = read_some(size)
-                empty = 0 if data else empty + 1
-                if empty > 9:  # a header claims terabytes: tarfile would go through all of them
-                    raise EOFError('it ends before the size that a header claims')
-                return data
-
-            file.read = read_on
-            with tarfile.open(fileobj=file, mode='r|*', bufsize=1 << 20) as tar:
+    import tenacity
+    entry = dict(archive=[archive.rsplit('/', 1)[-1]], videos=[], failed={}, made=[], error=None)
+    copy = options.avakinetics_root / f'videos/.cut_kinetics_{options.split}/{uuid.uuid4().hex}.mp4'
+    patiently = tenacity.retry(stop=tenacity.stop_after_attempt(5), wait=tenacity.wait_random_exponential(max=20),
+                               retry=tenacity.retry_if_exception_type((OSError, aiohttp.ClientError)), reraise=True)
+    try:
+        system, path = fsspec.url_to_fs(archive)
+        info = system.info(path)
+        entry['archive'] += [info['size'], str(info.get('ETag') or info.get('mtime') or info.get('LastModified'))]
+        changed = info['mtime'] if isinstance(info.get('mtime'), float) else 0  # of a file on this machine
+        if entry['archive'] in known:
+            return entry
+        keyframes = {}
+        for video, second in read_keyframes(annotations)[0].itertuples(index=False):  # 1 s for all, less than sending them
+            keyframes.setdefault(video, []).append(second)
+        with system.open(path) as file:
+            reader = types.SimpleNamespace(read=patiently(file.read))  # which resumes after a dropped connection
+            with tarfile.open(fileobj=reader, mode='r|*', bufsize=1 << 20) as tar:
                 for member in tar:
-                    cut_member(tar, member)
                     tar.members.clear()  # else memory grows with the archive
-
-    error = None
-    with unfinished(root, options.split) as work:
-        try:
-            patiently(read)() if '://' in archive else read()
-        except (*ARCHIVE_ERRORS, aiohttp.ClientError, ImportError, ValueError) as stop:  # protocols that fsspec lacks
-            if getattr(stop, 'errno', None) in DISK_FULL.values():
-                raise
-            error = f'{type(stop).__name__}: {stop}'.split('\n')[0]
-    if KILLED in results.values():
-        error = KILLED
-    return archive, sorted((*key, result) for key, result in results.items()), error
-
-
-def find_archives(names: list[str]) -> list[str]:
-    """The archives that --kinetics_archives names: files, URLs, glob patterns, and @FILE with one of these a line."""
-    archives = []
-    for name in names:
-        if name.startswith('@'):
-            archives += find_archives([line.lstrip('@') for line in Path(name[1:]).read_text(errors='replace').split('\n')])
-        elif '://' in name:
-            archives.append(name)
-        elif name:
-            archives += [os.path.abspath(path) for path in sorted(glob.glob(name)) or [name]]
-    return list(dict.fromkeys(archives))
+                    name = re.fullmatch(SOURCE_NAME, member.name.rsplit('/', 1)[-1])
+                    if not name or not member.isfile() or name[2] >= name[3]:
+                        continue
+                    video, start, end = name[1], int(name[2]), int(name[3])
+                    entry['videos'].append([video, start, end])
+                    held = [second for second in keyframes.get(video, ()) if start <= second < end]
+                    if not held:
+                        continue
+                    first, last = clip_range(start, end, min(held), max(held))
+                    clip = clip_name(video, first, last)
+                    if (clip in entry['made'] or only and clip not in only
+                            or not (only or options.overwrite or is_stale(clip, options, changed))):
+                        continue
+                    problem = f'unreadable video: larger than {MAX_BYTES:,} bytes'
+                    if member.size <= MAX_BYTES:
+                        with open(copy, 'wb') as target:
+                            shutil.copyfileobj(tar.extractfile(member), target, 1 << 20)
+                        problem = cut_clip(copy, first - start, last - first, clip, options)
+                    if problem:
+                        entry['failed'][clip_name(video, start, end)] = problem
+                    else:
+                        entry['failed'].pop(clip_name(video, start, end), None)  # of another copy
+                        entry['made'].append(clip)
+    except (OSError, EOFError, ValueError, ImportError, zlib.error, tarfile.TarError, aiohttp.ClientError) as error:
+        if getattr(error, 'errno', None) in DISK_FULL.values():
+            raise
+        entry['error'] = f'{type(error).__name__}: {error}'.split('\n')[0]  # also of protocols that fsspec lacks
+    finally:
+        copy.unlink(missing_ok=True)
+    if KILLED in entry['failed'].values():
+        entry['error'] = KILLED
+    return entry
 
 
 @contextlib.contextmanager
@@ -406,8 +377,8 @@ def workspace(path: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends, however it ends
     except (BlockingIOError, FileNotFoundError):  # the latter where the other run has just ended
         sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
-    for leftover in path.glob('*/'):
-        shutil.rmtree(leftover)
+    for leftover in path.glob('*.mp4'):
+        leftover.unlink()
     try:
         yield
     finally:
@@ -465,148 +436,206 @@ def run_all(function: Callable, items: list[tuple], args: argparse.Namespace) ->
                 futures.add(future)
 
 
-def write_lines(path: Path, lines: list[str]) -> None:
-    """Write a text file beside its final name, then rename it."""
-    part = path.with_suffix('.part')
-    part.write_text(''.join(line + '\n' for line in lines))
-    os.replace(part, path)
+def is_stale(clip: str, options: argparse.Namespace, source_time: float) -> bool:
+    """Whether a clip is not there, or older than its source or than the options that shape clips."""
+    try:
+        return os.stat(options.avakinetics_root / 'videos' / clip).st_mtime < max(options.since, source_time)
+    except FileNotFoundError:
+        return True
 
 
-def write_report(path: Path, header: list[str], rows: list[tuple]) -> None:
-    """Write a csv beside its final name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix('.part'), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
-        csv.writer(file, lineterminator='\n').writerows([header, *rows])
-    os.replace(path.with_suffix('.part'), path)
+def note_options(args: argparse.Namespace) -> float:
+    """Note once for all clips what shapes them; other options end the run, or with --overwrite make older clips stale.
+
+    Returns the modification time (s) before which clips are stale, as the clock of their file system has it.
+    """
+    videos, note = args.avakinetics_root / 'videos', args.avakinetics_root / 'reports/cut_kinetics_options.json'
+    note.parent.mkdir(exist_ok=True)
+    version = subprocess.run([args.ffmpeg, '-version'], capture_output=True, text=True, errors='replace').stdout.split(' ', 3)
+    options = dict(short_side=args.short_side or 'none', ffmpeg=version[2] if len(version) > 3 else 'unknown',
+                   encoder=' '.join([*ENCODER, COLOURS]), format=CLIP_FORMAT)
+    try:
+        noted = json.loads(note.read_text())
+    except (FileNotFoundError, ValueError):
+        noted = {}
+    clips = sum(name.endswith('.mp4') for name in os.listdir(videos))
+    others = [f'{name}={noted[name]}' for name in options if name in noted and noted[name] != options[name]]
+    if clips and (others or not noted) and not args.overwrite:
+        made = 'with ' + ', '.join(others) if noted else 'by another program or an older version'
+        sys.exit(f'error: {clips:,} clips in {videos} were made {made}; --overwrite makes all of them anew')
+    if others or not noted:
+        part = note.with_suffix('.part')
+        part.touch()
+        noted = dict(options, since=part.stat().st_mtime if clips else 0)
+        part.write_text(json.dumps(noted))
+        os.replace(part, note)
+    return noted['since']
 
 
-def cut_files(args: argparse.Namespace, keyframes: dict[str, set[int]]) -> tuple[int, int, list[tuple], list[tuple]]:
-    """Cut all clips out of the listed files: clips cut now, clips there before, rows on keyframes, rows on lines."""
-    if not args.kinetics_list.is_file():
-        sys.exit(f'error: {args.kinetics_list} not found; do Step 1 or set --kinetics_list')
-    sources, problems = read_sources(args.kinetics_list, keyframes)
-    if not any(sources.values()):
-        sys.exit(f'error: {args.kinetics_list} holds none of the {len(keyframes)} annotated videos; is it the list of '
-                 f'the Kinetics-700 {args.split} videos?')
-    rows = [(video, second, 'video not in the list') for video in keyframes.keys() - sources.keys()
-            for second in keyframes[video]]
+def find_lost(keyframes, sources, covered, absent: str) -> list[tuple]:
+    """Report rows for the keyframes that no clip covers, with what is wrong with the sources that hold them."""
+    lost = keyframes.merge(covered[['video', 'second']], how='left', indicator='where')
+    lost = lost.loc[lost['where'] == 'left_only', ['video', 'second']]
+    reasons = find_holders(lost, sources).groupby(['video', 'second']).reason.agg('; '.join).to_dict()
+    listed = set(sources.video)
+    return [(*keyframe, reasons.get(keyframe) or ('no listed video holds this second' if keyframe[0] in listed else absent))
+            for keyframe in lost.itertuples(index=False, name=None)]
+
+
+def cut_list(args: argparse.Namespace, keyframes, sources) -> tuple[set[str], int, list[tuple], list[tuple]]:
+    """Cut all clips out of the listed files: their names, how many were cut now, report rows on keyframes, and no others."""
     folder = args.kinetics_list.absolute().parent
-    folders = [Path.cwd(), folder, folder / f'videos_{args.split}']
-    finished = set() if args.overwrite else set(os.listdir(args.avakinetics_root / 'videos'))
-    cut, kept, left = 0, 0, []
-    for video, found in sources.items():
-        names, lost = settle_video(video, found, keyframes[video], lambda source, start, end: None)
-        if names <= finished:  # a second run is done with it here, in a third of the time
-            kept, rows = kept + len(names), rows + lost
-        else:
-            left.append(video)
-    items = [(video, sources[video], keyframes[video], folders, args.avakinetics_root, args) for video in left]
-    with contextlib.closing(run_all(cut_video, items, args)) as answers:
-        for item, answer, failure in tqdm(answers, total=len(left), desc='cut', unit='video', delay=1):
-            fresh, there, lost = answer or (0, 0, [(item[0], second, failure) for second in sorted(item[2])])
-            cut, kept, rows = cut + fresh, kept + there, rows + lost
-    return cut, kept, rows, problems
+    folders = [str(place) for place in (Path.cwd(), folder, folder / f'videos_{args.split}')]
+    sources['reason'], tried, made = '', {}, set()
+
+    def is_done(path: str, name: str) -> bool:
+        video = find_video(path, folders)
+        return not is_stale(name, args, os.path.getmtime(video) if video else 0)
+
+    while True:  # until no source fails: the keyframes of one that does go to the next best
+        working = sources[sources.reason == '']
+        covered, clips = plan_clips(keyframes, working)
+        left = clips[[tried.get(name) != path for name, path in zip(clips.name, clips.path)]]
+        if left.empty:
+            break
+        tried.update(zip(left.name, left.path))
+        if not args.overwrite:
+            with ThreadPoolExecutor(16) as threads:  # which a slow file server answers together
+                left = left[[not done for done in threads.map(is_done, left.path, left.name)]]
+        items = [(path, folders, offset, seconds, name, args)
+                 for path, offset, seconds, name in left[['path', 'offset', 'seconds', 'name']].itertuples(index=False)]
+        with contextlib.closing(run_all(cut_listed, items, args)) as answers:
+            for item, problem, failure in tqdm(answers, total=len(items), desc='cut', unit='clip', delay=1):
+                made.add(item[4])
+                if problem or failure:
+                    sources.loc[sources.path == item[0], 'reason'] = problem or failure
+    good = set(working.path)
+    for name in [name for name, path in tried.items() if path in good and name not in set(clips.name)]:
+        (args.avakinetics_root / 'videos' / name).unlink(missing_ok=True)  # its source has a longer one now
+    names = set(clips.name)
+    return names, len(names & made), find_lost(keyframes, sources, covered, 'video not in the list'), []
 
 
-def cut_archives(args: argparse.Namespace, keyframes: dict[str, set[int]]) -> tuple[int, int, list[tuple], list[tuple]]:
-    """Cut all clips out of archives. A ledger says which ones were read to their end: these are not read again."""
-    root, results, finished, problems = args.avakinetics_root, {}, set(), []
-    identity = hashlib.sha256(repr(sorted((video, sorted(keyframes[video])) for video in keyframes)).encode()).hexdigest()
-    ledger = root / f'reports/cut_kinetics_{args.split}_archives.jsonl'
-    staged = staged_folder(root, args.split)
+def survey_archives(args: argparse.Namespace, keyframes, entries: list[dict]):
+    """What the ledger's archives give: their sources with what is wrong, the keyframes that clips cover, and these clips.
 
-    def note(cuts: list[tuple]) -> None:
-        for *key, problem in cuts:  # of two copies one has to succeed
-            results[tuple(key)] = problem if results.get(tuple(key), problem) else None
+    Of two archives that hold a second, the earlier one gives it.
+    """
+    import pandas as pd
+    videos = set(keyframes.video.tolist())
+    sources = pd.DataFrame([(*video, rank, entry['failed'].get(clip_name(*video), '')) for rank, entry in enumerate(entries)
+                            for video in entry['videos'] if video[0] in videos],
+                           columns=['video', 'start', 'end', 'rank', 'reason'])
+    working = sources[sources.reason == '']
+    held = find_holders(keyframes, working)
+    covered, clips = held.drop_duplicates(['video', 'second']), name_clips(held, working)
+    there = set(os.listdir(args.avakinetics_root / 'videos'))
+    for source in clips.index[clips.index.isin(covered.source) & ~clips.name.isin(there)]:
+        sources.loc[source, 'reason'] = f'{READ_AGAIN}: {entries[sources["rank"][source]]["archive"][0]}'
+    return sources, covered[(sources.reason[covered.source] == '').to_numpy()], clips
 
-    if args.overwrite:
-        shutil.rmtree(staged, ignore_errors=True)
-        ledger.unlink(missing_ok=True)
-    staged.mkdir(exist_ok=True)
-    ledger.parent.mkdir(exist_ok=True)
-    entries = []
+
+def cut_archives(args: argparse.Namespace, keyframes) -> tuple[set[str], int, list[tuple], list[tuple]]:
+    """Cut all clips out of archives: their names, how many were cut now, report rows on keyframes and on archives.
+
+    A ledger says what is in the archives that were read; those whose clips are all there are not read again.
+    """
+    noted, order, made, problems = {}, {}, {}, []  # by archive
+    ledger = args.avakinetics_root / f'reports/cut_kinetics_{args.split}_archives.jsonl'
     for line in ledger.read_text(errors='replace').splitlines() if ledger.is_file() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed run may be torn
+        with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
             entry = json.loads(line)
-            if entry['annotations'] == identity:
-                note(entry['cuts'])
-                finished.add(entry['archive'])
-                entries.append(entry)
-    archives = [archive for archive in find_archives(args.kinetics_archives) if archive not in finished]
-    write_lines(ledger, [json.dumps(entry) for entry in entries])
+            noted[tuple(entry['archive'])] = entry
+    sources, _, _ = survey_archives(args, keyframes, list(noted.values()))
+    unfinished = set(sources['rank'][sources.reason.str.startswith(READ_AGAIN)])
+    known = [] if args.overwrite else [entry['archive'] for rank, entry in enumerate(noted.values())
+                                       if not entry['error'] and rank not in unfinished]
     annotations = (args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv').absolute()
-    items = [(archive, annotations, root, args) for archive in archives]
+    archives = [name if '://' in name else os.path.abspath(name) for name in dict.fromkeys(args.kinetics_archives) if name]
+    items = [(archive, known, annotations, args, []) for archive in archives]
     with open(ledger, 'a') as file, contextlib.closing(run_all(cut_archive, items, args)) as answers:
-        for item, answer, failure in tqdm(answers, total=len(archives), desc='read', unit='archive', delay=1):
-            archive, cuts, error = answer or (item[0], [], failure)
-            note(cuts)
-            if error:
-                problems.append(('', '', f'unreadable archive: {archive}: {error}'))
-            else:
-                entries.append(dict(annotations=identity, archive=archive, cuts=cuts))
-                file.write(json.dumps(entries[-1]) + '\n')
+        for item, entry, failure in tqdm(answers, total=len(items), desc='read', unit='archive', delay=1):
+            name, *version = entry['archive'] if entry else [item[0]]
+            if version:
+                order[tuple(entry['archive'])] = archives.index(item[0])
+            if name in [other[0] for other in known] and (not version or entry['archive'] in known):
+                continue  # it was read before, and may be gone now
+            if failure or entry['error']:
+                problems.append(('', '', f'unreadable archive: {item[0]}: {failure or entry["error"]}'))
+            if version:
+                made[tuple(entry['archive'])] = entry.pop('made')
+                noted[tuple(entry['archive'])] = entry
+                file.write(f'\n{json.dumps(entry)}\n')
                 file.flush()
-    write_lines(ledger, sorted(json.dumps(entry) for entry in entries))
+    keys = sorted(noted, key=lambda key: order.get(key, -1))  # earlier runs first, then in the order given
+    entries = [noted[key] for key in keys]
+    part = ledger.with_suffix('.part')
+    part.write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
+    os.replace(part, ledger)
 
-    sources, ranges, cut, kept = {}, {}, 0, 0
-    for video, first, last, start, end in sorted(results):
-        sources.setdefault(video, {})[Source(first, last, '')] = None
-        ranges.setdefault(video, set()).add(clip_name(video, start, end))
-    rows = [(video, second, 'video in no archive that was read') for video in keyframes.keys() - sources.keys()
-            for second in keyframes[video]]
-    for video, found in sources.items():
-        chosen = {}
-
-        def attempt(source: Source, start: int, end: int) -> str | None:
-            key = video, source.start, source.end, start, end
-            clip = chosen[clip_name(video, start, end)] = staged_clip(root, args.split, key)
-            if results.get(key) or clip.exists() or (root / 'videos' / clip_name(video, start, end)).exists():
-                return results.get(key)
-            return 'clip gone: it was cut and deleted; run again with --overwrite'
-
-        names, lost = settle_video(video, list(found), keyframes[video], attempt)
-        rows += lost
-        for name in names:
-            fresh = chosen[name].exists() and (args.overwrite or not (root / 'videos' / name).exists())
-            if fresh:
-                os.replace(chosen[name], root / 'videos' / name)
-            cut, kept = cut + fresh, kept + (not fresh)
-        for name in ranges[video] - names if not lost else ():  # chosen before a better source was known
-            (root / 'videos' / name).unlink(missing_ok=True)
-    if not any(staged.iterdir()):  # else ranges that an archive read later may ask for
-        staged.rmdir()
-    return cut, kept, rows, problems
+    sources, covered, clips = survey_archives(args, keyframes, entries)
+    used, again = clips.loc[covered.source.unique()], {}
+    for rank, name in zip(used['rank'], used.name):  # where another archive has the same clip, its own may be in place
+        if keys[rank] in made and any(name in names for key, names in made.items() if key != keys[rank]):
+            again.setdefault(keys[rank], []).append(name)
+    for key, names in again.items():
+        cut_archive(archives[order[key]], [], annotations, args, names)
+    for source in clips.index[sources.reason[clips.index] == ''].difference(used.index):
+        _, rank, name = clips.loc[source, ['video', 'rank', 'name']]
+        problems.append(('', '', f'not used, since an earlier archive has it too: {name} of {entries[rank]["archive"][0]}'))
+        if name not in set(used.name):
+            (args.avakinetics_root / 'videos' / name).unlink(missing_ok=True)
+    names = set(used.name)
+    fresh = len(names.intersection(name for names_made in made.values() for name in names_made))
+    return names, fresh, find_lost(keyframes, sources, covered, 'video in no archive that was read'), problems
 
 
 def cut(args: argparse.Namespace, annotations: Path) -> None:
     """Cut the clips, write the report, say what came of it."""
+    import pandas as pd
     keyframes, unpeopled, problems = read_keyframes(annotations)
-    root = args.avakinetics_root = args.avakinetics_root.absolute()
-    with workspace(root / f'videos/.cut_kinetics_{args.split}'):
-        fresh, kept, rows, others = (cut_archives if args.kinetics_archives else cut_files)(args, keyframes)
-        report = root / f'reports/cut_kinetics_{args.split}.csv'
-        write_report(report, ['video_id', 'timestamp', 'reason'], sorted(rows) + problems + others)
+    videos, named = args.avakinetics_root / 'videos', set(keyframes.video.tolist())
+    if not args.kinetics_archives:
+        sources, malformed = read_sources(args.kinetics_list, named)
+        problems += malformed
+        if sources.empty:
+            sys.exit(f'error: {args.kinetics_list} holds none of the {len(named)} annotated videos; is it the list of the '
+                     f'Kinetics-700 {args.split} videos?')
+    with workspace(videos / f'.cut_kinetics_{args.split}'):
+        args.since = note_options(args)
+        clips, fresh, rows, others = (cut_archives(args, keyframes) if args.kinetics_archives else
+                                      cut_list(args, keyframes, sources))
+    problems += others
+    report = args.avakinetics_root / f'reports/cut_kinetics_{args.split}.csv'
+    part = report.with_suffix('.part')
+    pd.DataFrame(sorted(rows) + problems, columns=['video_id', 'timestamp', 'reason']).to_csv(
+        part, index=False, errors='backslashreplace')
+    os.replace(part, report)
 
-    total = sum(map(len, keyframes.values()))
-    print(f'{fresh + kept} clips in {root / "videos"} ({fresh} cut now, {kept} there already) '
-          f'for {total - len(rows)} of {total} annotated keyframes')
+    print(f'{len(clips)} clips in {videos} ({fresh} cut now, {len(clips) - fresh} there already) '
+          f'for {len(keyframes) - len(rows)} of {len(keyframes)} annotated keyframes')
     for reason, count in Counter(row[2].split(':')[0] for row in rows).most_common():
         print(f'  {count} keyframes left out: {reason}')
     if unpeopled:
         print(f'  {unpeopled} keyframes without people: nothing to cut')
-    for reason, count in Counter(row[2].split(':')[0] for row in problems + others).items():
-        print(f'  {count} lines or archives skipped: {reason}')
+    for reason, count in Counter(row[2].split(':')[0] for row in problems).items():
+        print(f'  {count} more in the report: {reason}')
+    if others := sorted(name for name in os.listdir(videos) if name[:11] in named and name not in clips):
+        print(f'  {len(others)} other clips of these videos are left, which no annotation asks for, such as {others[0]}')
     print(f'  report: {report}')
-    if not fresh + kept:
+    if not clips:
         sys.exit('error: not one clip could be cut; the report says why')
 
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+    sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     args = parse_args(argv)
     annotations = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
     if not annotations.is_file():
         sys.exit(f'error: {annotations} not found; do Step 2 or set --avakinetics_anotation')
+    if not args.kinetics_archives and not args.kinetics_list.is_file():
+        sys.exit(f'error: {args.kinetics_list} not found; do Step 1 or set --kinetics_list')
     if not shutil.which(args.ffmpeg):
         sys.exit(f'error: {args.ffmpeg} is not a program; omit --ffmpeg to use the one of imageio-ffmpeg')
     try:

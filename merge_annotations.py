@@ -13,7 +13,9 @@ new files, annotations/ava_kinetics_val_v2.2.csv and annotations/ava_kinetics_de
     python3 merge_annotations.py --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
 import argparse
+import contextlib
 import csv
+import fcntl
 import io
 import os
 import pickle
@@ -138,6 +140,8 @@ def merge(kinetics: list[Path], own: list[Path], merged: list[Path], report: Pat
     Each argument is a csv of annotations and a pickle of proposals: of Kinetics, AVA's own, and where the merged ones go.
     """
     import pandas as pd
+    with contextlib.suppress(OSError):  # some file servers cannot
+        fcntl.flock(os.open(merged[0].parent, os.O_RDONLY), fcntl.LOCK_EX)  # a second merge waits until this process ends
     problems = []
     rows = read_rows(kinetics[0], CLIP, problems)
     own_csv = own_file(own[0], bool(re.search(f'^{CLIP},'.encode(), own[0].read_bytes(), re.M)), copy_ava)

@@ -35,22 +35,20 @@ def write_list(kinetics: Path, path: Path) -> None:
 def make_clips(annotations: Path, listing: Path, root: Path) -> None:
     """An empty file for every clip that Step 3 plans, and its frames as links to one empty file."""
     keyframes, _, _ = cut_kinetics.read_keyframes(annotations)
-    sources, _ = cut_kinetics.read_sources(listing, keyframes)
+    sources, _ = cut_kinetics.read_sources(listing, set(keyframes.video))
     (root / 'videos').mkdir(parents=True)
+    cut_kinetics.note_options(cut_kinetics.parse_args([f'--avakinetics_root={root}']))  # as if Step 3 had made them
     made = 0
-    for video, found in sources.items():
-        for source, seconds in cut_kinetics.plan_clips(found, keyframes[video]).items():
-            start, end = cut_kinetics.clip_range(source, seconds)
-            name = cut_kinetics.clip_name(video, start, end)
-            (root / 'videos' / name).touch()
-            folder = root / 'rawframes' / name[:-4]
-            folder.mkdir(parents=True)
-            for frame in range(1, (end - start) * 30 + 1):
-                if made % 60_000 == 0:  # ext4 allows a file 65,000 names
-                    empty = root / f'empty{made}'
-                    empty.touch()
-                os.link(empty, folder / f'img_{frame:05d}.jpg')
-                made += 1
+    for clip in cut_kinetics.plan_clips(keyframes, sources)[1].itertuples():
+        (root / 'videos' / clip.name).touch()
+        folder = root / 'rawframes' / clip.name[:-4]
+        folder.mkdir(parents=True)
+        for frame in range(1, clip.seconds * 30 + 1):
+            if made % 60_000 == 0:  # ext4 allows a file 65,000 names
+                empty = root / f'empty{made}'
+                empty.touch()
+            os.link(empty, folder / f'img_{frame:05d}.jpg')
+            made += 1
 
 
 def report_keys(path: Path) -> set[tuple[str, str]]:

@@ -39,10 +39,9 @@ def write_job(annotations: Path, kinetics: Path, copies: int, folder: Path) -> t
 def plan(annotations: Path, listing: Path, queue) -> None:
     start = time.perf_counter()
     keyframes, _, _ = cut_kinetics.read_keyframes(annotations)
-    sources, _ = cut_kinetics.read_sources(listing, keyframes)
-    planned = sum(len(seconds) for video in sources
-                  for seconds in cut_kinetics.plan_clips(sources[video], list(keyframes[video])).values())
-    queue.put((sum(map(len, keyframes.values())), planned, time.perf_counter() - start,
+    sources, _ = cut_kinetics.read_sources(listing, set(keyframes.video.tolist()))
+    covered, _ = cut_kinetics.plan_clips(keyframes, sources)
+    queue.put((len(keyframes), len(covered), time.perf_counter() - start,
                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 

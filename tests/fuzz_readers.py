@@ -24,6 +24,7 @@ with atheris.instrument_imports(
     import prepare_annotation
     import softlink_ava
 import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
 
 import sample_world  # noqa: E402
 
@@ -46,18 +47,17 @@ def read_annotations(data: bytes) -> None:
     FILE.write_bytes(data)
     keyframes, unpeopled, problems = cut_kinetics.read_keyframes(FILE)
     assert prepare_annotation.read_annotations(FILE)[1] == problems and unpeopled >= 0
-    assert all(len(video) == 11 and '/' not in video and '.' not in video for video in keyframes)
-    assert all(0 <= second < 10**6 for seconds in keyframes.values() for second in seconds)
+    assert all(len(video) == 11 and '/' not in video and '.' not in video for video in keyframes.video)
+    assert keyframes.second.between(0, 10**6 - 1).all()
 
 
 def read_list(data: bytes) -> None:
     FILE.write_bytes(data)
-    sources, _ = cut_kinetics.read_sources(FILE, {'aaaaaaaaaaa': {5}, 'bbbbbbbbbbb': {0, 7}})
-    for video, copies in sources.items():
-        for source, covered in cut_kinetics.plan_clips(copies, {5} if video[0] == 'a' else {0, 7}).items():
-            start, end = cut_kinetics.clip_range(source, covered)
-            assert source.start <= start < end <= source.end
-            assert prepare_annotation.CLIP_NAME.fullmatch(cut_kinetics.clip_name(video, start, end)[:-4])
+    keyframes = pd.DataFrame(dict(video=['aaaaaaaaaaa', 'bbbbbbbbbbb', 'bbbbbbbbbbb'], second=[5, 0, 7]))
+    sources, _ = cut_kinetics.read_sources(FILE, set(keyframes.video))
+    for clip in cut_kinetics.plan_clips(keyframes, sources)[1].itertuples():
+        assert clip.offset >= 0 < clip.seconds <= clip.end - clip.start - clip.offset
+        assert prepare_annotation.CLIP_NAME.fullmatch(clip.name[:-4])
 
 
 def read_datalist(data: bytes) -> None:

@@ -119,7 +119,7 @@ def numbered_source(path: Path, variant: dict) -> None:
         for number in range(max(times) + 1):
             image = np.full((size[1], size[0], 3), 90, np.uint8)
             image[:, number % size[0]] = (0, 200, 200)
-            draw.stamp(image, number)
+            draw.stamp(image, number + variant.get('first', 0))
             yield np.rot90(image) if variant.get('rotate') else image
 
     before, inputs, options = [], [], list(variant.get('options', ()))

@@ -22,11 +22,13 @@ ROWS = (annotation_rows('aaaaaaaaaaa', 103) + annotation_rows('aaaaaaaaaaa', 107
 
 @pytest.fixture(scope='module')
 def kinetics(tmp_path_factory):
-    """A folder of sources, the annotations, and what the list of files makes of them in root/."""
+    """A folder of sources, the annotations, and what a list of files makes of them in root/, without the source of c that
+    comes in a later archive."""
     folder = tmp_path_factory.mktemp('kinetics')
     for path, variant in SOURCES.items():
         numbered_source(folder / 'files' / path, variant)
-    (folder / 'list.txt').write_text(''.join(f'files/{path} 1\n' for path in SOURCES))
+    (folder / 'list.txt').write_text(
+        ''.join(f'files/{path} 1\n' for path in SOURCES if path != 'y/ccccccccccc_000053_000063.mp4'))
     (folder / 'notes').mkdir()
     (folder / 'notes/kinetics_train_v1.0.csv').write_text(ROWS)
     run('cut_kinetics.py', f'--avakinetics_anotation={folder}/notes', f'--kinetics_list={folder}/list.txt',
@@ -61,15 +63,15 @@ def test_clips_are_those_of_the_list(kinetics, archives, tmp_path):
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
     assert '6 of 7 annotated keyframes' in done.stdout
     assert read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:] == [
-        ['eeeeeeeeeee', '3', 'video in no archive that was read']]
+        ['eeeeeeeeeee', '3', 'video in no archive that was read'],
+        ['', '', 'not used, since an earlier archive has it too: ccccccccccc_000053_000061.mp4 of 2.tar.gz']]
     assert sorted(path.name for path in tmp_path.iterdir()) == ['1.tar', '2.tar.gz', '3.tar', 'root']
-    assert sorted(path.name for path in (tmp_path / 'root').iterdir()) == [
-        '.cut_kinetics_train_staged', 'reports', 'videos']  # ranges of videos with several annotated seconds
+    assert sorted(path.name for path in (tmp_path / 'root').iterdir()) == ['reports', 'videos']
 
 
-def test_patterns_and_files_of_names(kinetics, archives, tmp_path):
-    (tmp_path / 'names.txt').write_text(f'{tmp_path}/1.tar\n\n{tmp_path}/[23].tar*\n')
-    cut(kinetics, tmp_path / 'root', '--kinetics_archives', f'@{tmp_path}/names.txt', f'{tmp_path}/*.tar')
+def test_files_of_names(kinetics, archives, tmp_path):
+    (tmp_path / 'names.txt').write_text(f'{tmp_path}/1.tar\n\n{tmp_path}/2.tar.gz\n')
+    cut(kinetics, tmp_path / 'root', '--kinetics_archives', f'@{tmp_path}/names.txt', f'{tmp_path}/3.tar')
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
@@ -87,7 +89,7 @@ def test_a_truncated_archive_costs_no_finished_clip(kinetics, archives, tmp_path
     archives[0].write_bytes(whole[:len(whole) - len(whole) // 3])
     done = cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     clips = {path.name for path in (tmp_path / 'root/videos').iterdir()}
-    assert 'aaaaaaaaaaa_000101_000109.mp4' in clips and '1 lines or archives skipped' in done.stdout
+    assert 'aaaaaaaaaaa_000101_000109.mp4' in clips and '1 more in the report: unreadable archive' in done.stdout
     assert [row[2] for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv') if 'unreadable archive' in row[2]]
     archives[0].write_bytes(whole)
     archives[1].unlink()  # finished before, so not read again
@@ -138,7 +140,7 @@ def test_over_http_with_dropped_connections(kinetics, archives, tmp_path):
         server.shutdown()
     assert server.RequestHandlerClass.answers >= 3
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
-    assert '1 lines or archives skipped' in done.stdout
+    assert '1 more in the report: unreadable archive' in done.stdout
 
 
 def test_short_side(kinetics, tmp_path):
@@ -171,8 +173,92 @@ def test_a_torn_ledger_is_mended(kinetics, archives, tmp_path):
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
+def write_tar(path, members: dict, filler=0):
+    """An archive of {name in it: file}, after so many bytes that nobody wants."""
+    with tarfile.open(path, 'w:gz' if path.suffix == '.gz' else 'w') as tar:
+        if filler:
+            tarinfo = tarfile.TarInfo('filler')
+            tarinfo.size = filler
+            with open('/dev/zero', 'rb') as zeros:
+                tar.addfile(tarinfo, zeros)
+        for name, file in members.items():
+            tar.add(file, name)
+
+
+def first_frame(clip) -> int:
+    return draw.read_stamp(decord.VideoReader(str(clip))[0].asnumpy()[..., ::-1])
+
+
+def report(root) -> list[list[str]]:
+    return read_csv(root / 'reports/cut_kinetics_train.csv')[1:]
+
+
+@pytest.fixture
+def two(tmp_path):
+    """One video whose pictures tell which of two archives it came from, and its annotations: the first archive is slow."""
+    numbered_source(tmp_path / 'first.mp4', {})
+    numbered_source(tmp_path / 'second.mp4', dict(first=1000))
+    name = 'x/aaaaaaaaaaa_000100_000110.mp4'
+    write_tar(tmp_path / '1.tar.gz', {name: tmp_path / 'first.mp4'}, filler=80_000_000)
+    write_tar(tmp_path / '2.tar', {name: tmp_path / 'second.mp4'})
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes/kinetics_train_v1.0.csv').write_text(annotation_rows('aaaaaaaaaaa', 105))
+    return tmp_path
+
+
+@pytest.mark.parametrize('order,expected', [('12', 90), ('21', 1090)])
+def test_of_two_archives_with_one_clip_the_first_wins_whichever_ends_first(two, order, expected):
+    names = {'1': '1.tar.gz', '2': '2.tar'}
+    done = cut(two, two / 'root', '--num_workers=2', '--kinetics_archives', *(two / names[number] for number in order))
+    assert first_frame(two / 'root/videos/aaaaaaaaaaa_000103_000107.mp4') == expected
+    assert report(two / 'root') == [['', '', 'not used, since an earlier archive has it too: aaaaaaaaaaa_000103_000107.mp4 of '
+                                     + names[order[1]]]]
+    assert '1 of 1 annotated keyframes' in done.stdout
+
+
+def test_a_clip_that_spans_its_whole_source_is_not_cut_onto_it(tmp_path):
+    numbered_source(tmp_path / 'source.mp4', {})
+    write_tar(tmp_path / 'a.tar', {'aaaaaaaaaaa_000100_000110.mp4': tmp_path / 'source.mp4'})
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes/kinetics_train_v1.0.csv').write_text(
+        annotation_rows('aaaaaaaaaaa', 101) + annotation_rows('aaaaaaaaaaa', 108))
+    cut(tmp_path, tmp_path / 'root', '--kinetics_archives', tmp_path / 'a.tar')
+    assert len(decord.VideoReader(str(tmp_path / 'root/videos/aaaaaaaaaaa_000100_000110.mp4'))) == 300
+    assert not report(tmp_path / 'root')
+
+
+def test_archives_of_one_name_are_told_apart(kinetics, archives, tmp_path):
+    """Fetched, cut and deleted one after the other."""
+    for path in archives:
+        part = path.rename(tmp_path / ('part.tar.gz' if path.suffix == '.gz' else 'part.tar'))
+        cut(kinetics, tmp_path / 'root', '--kinetics_archives', part)
+        part.unlink()
+    assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
+    assert [row[0] for row in report(tmp_path / 'root') if row[0]] == ['eeeeeeeeeee']
+
+
+def test_what_new_annotations_need_is_told_and_nothing_is_forgotten(kinetics, archives, tmp_path):
+    """Rows are added after the archives were read and two of the three deleted."""
+    (tmp_path / 'notes').mkdir()
+    notes = tmp_path / 'notes/kinetics_train_v1.0.csv'
+    notes.write_text(ROWS)
+    cut(tmp_path, tmp_path / 'root', '--kinetics_archives', *archives)
+    before = snapshot(tmp_path / 'root/videos')
+    notes.write_text(ROWS + annotation_rows('uNwAnTeD-00', 5) + annotation_rows('-b_b_b_b_b_', 2))
+    archives[0].unlink(), archives[1].unlink()
+    done = cut(tmp_path, tmp_path / 'root', '--kinetics_archives', *archives)
+    assert '1 cut now' in done.stdout and '2 keyframes left out: archive to read again' in done.stdout
+    assert report(tmp_path / 'root')[:2] == [['-b_b_b_b_b_', '2', 'archive to read again: 1.tar'],
+                                             ['-b_b_b_b_b_', '9', 'archive to read again: 1.tar']]
+    assert before.items() <= snapshot(tmp_path / 'root/videos').items()
+    assert (tmp_path / 'root/videos/uNwAnTeD-00_000003_000007.mp4').exists()
+    done = cut(tmp_path, tmp_path / 'root', '--kinetics_archives', archives[2], '--overwrite')
+    assert '2 cut now' in done.stdout and before.items() <= snapshot(tmp_path / 'root/videos').items()
+    assert '2 keyframes left out: archive to read again' in done.stdout
+
+
 def test_errors_say_what_to_do(kinetics, tmp_path):
     assert 'not one clip' in errors(cut(kinetics, tmp_path / 'root', '--kinetics_archives', tmp_path / 'none.tar', code=1))
     done = cut(kinetics, tmp_path / 'root', '--kinetics_archives', 's4://bucket/x.tar', code=1)
-    assert 'not one clip' in errors(done) and '1 lines or archives skipped: unreadable archive' in done.stdout
-    assert 'none.txt' in errors(cut(kinetics, tmp_path / 'root', '--kinetics_archives', f'@{tmp_path}/none.txt', code=1))
+    assert 'not one clip' in errors(done) and '1 more in the report: unreadable archive' in done.stdout
+    assert 'none.txt' in cut(kinetics, tmp_path / 'root', '--kinetics_archives', f'@{tmp_path}/none.txt', code=2).stderr

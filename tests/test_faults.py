@@ -120,7 +120,7 @@ def assert_undisturbed(job, step, root):
     unfinished = [
         path for path in root.rglob('*') if path.name.startswith('.') or path.suffix == '.part'
     ]
-    assert unfinished == [] or step == 'cut archives' and all('staged' in str(path) for path in unfinished)
+    assert unfinished == []
 
 
 def said(text: str) -> list[str]:
@@ -169,12 +169,14 @@ def test_interrupted(job, step, number, tmp_path):
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         out, err = process.communicate(timeout=60)
         codes.append(process.returncode)
-        if 'Traceback' in err:  # Python's own message, of this process or a worker that was still importing
-            assert process.returncode in (1, 130, -number), err
-            assert re.search(r'<frozen (runpy|importlib)|line \d+, in <module>', err), err
+        if 'Traceback' in err:  # Python's own message, of this process or a worker that was still importing, or its beginning
+            assert process.returncode in (1, 130, -number, -signal.SIGINT), err
+            after = err.split('Traceback (most recent call last):\n', 1)[1]
+            assert re.match(r' *File .*(<frozen (runpy|importlib)|in <module>)', after) or after.startswith('interrupted'), err
         elif process.returncode == 130:
-            assert said(err) == ['interrupted; the same command continues'] and 'Traceback' not in out
-            hidden = [path for path in root.rglob('.*') if 'staged' not in path.name and path.suffix != '.part']
+            assert said(err) == ['interrupted; the same command continues']
+            assert 'Traceback' not in out or 'popen_loky' in out  # what loky prints of a worker that was still starting
+            hidden = [path for path in root.rglob('.*') if path.suffix != '.part']
             assert not hidden
         elif process.returncode == 0:  # it was done
             assert not said(err)
@@ -318,7 +320,7 @@ def test_a_worker_process_that_is_killed_ends_the_run_with_a_line(job, tmp_path)
 @pytest.mark.parametrize('number', [signal.SIGHUP, signal.SIGKILL])
 def test_workers_end_with_their_parent(job, number, tmp_path):
     """Also when a terminal is lost, or memory runs out: nothing is told to the workers then."""
-    (tmp_path / 'ffmpeg').write_text(f'#!/bin/sh\necho $PPID >>{tmp_path}/workers\nexec sleep 100\n')
+    (tmp_path / 'ffmpeg').write_text(f'#!/bin/sh\n[ $1 = -version ] && exit\necho $PPID >>{tmp_path}/workers\nexec sleep 100\n')
     (tmp_path / 'ffmpeg').chmod(0o755)
     command = [*job.command('cut', tmp_path / 'root'), '--num_workers=2', f'--ffmpeg={tmp_path}/ffmpeg']
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

@@ -9,50 +9,50 @@ from hypothesis import strategies as st
 
 import cut_kinetics
 import prepare_annotation
-from cut_kinetics import Source
 from fetch_proposal import plan_frames
 
 GOOD_LINES = ['aaaaaaaaaaa,5.005,0.1,0.2,0.5,0.9,12', 'aaaaaaaaaaa,7', '"aaaaaaaaaaa","6","0.1","0.2","0.5","0.9","12"']
 
-sources = st.lists(st.builds(lambda start, length, copy: Source(start, start + length, f'{copy}/{start}'),
-                             st.integers(0, 60), st.integers(1, 12), st.integers(0, 2)), max_size=6, unique=True)
-seconds = st.sets(st.integers(0, 75), min_size=1, max_size=12)
+VIDEO = 'aB_-0123456'
+sources = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12), st.integers(0, 2)), max_size=6, unique=True).map(
+    lambda found: pd.DataFrame([(VIDEO, start, start + length, f'{copy}/{start}', '') for start, length, copy in found],
+                               columns=['video', 'start', 'end', 'path', 'reason']))
+keyframes = st.sets(st.integers(0, 75), min_size=1, max_size=12).map(
+    lambda seconds: pd.DataFrame(dict(video=VIDEO, second=sorted(seconds))))
 
 
-@given(sources, seconds)
+@given(sources, keyframes)
+@settings(deadline=None)
 def test_every_second_is_planned_once_in_the_source_where_it_is_most_centred(found, wanted):
-    plan = cut_kinetics.plan_clips(found, wanted)
-    planned = [second for covered in plan.values() for second in covered]
-    assert len(planned) == len(set(planned))
-    for source, covered in plan.items():
-        start, end = cut_kinetics.clip_range(source, covered)
-        assert source.start <= start < end <= source.end
-        for second in covered:
+    covered, clips = cut_kinetics.plan_clips(wanted, found)
+    assert covered.second.is_unique
+    for clip in clips.itertuples():
+        start, end = clip.start + clip.offset, clip.start + clip.offset + clip.seconds
+        assert clip.start <= start < end <= clip.end and clip.name == cut_kinetics.clip_name(VIDEO, start, end)
+        for second in covered.second[covered.source == clip.Index]:
             assert start <= second < end
-            assert second - start >= 2 or start == source.start
-            assert end - second >= 2 or end == source.end
-            assert all(abs(source.start + source.end - 2 * second) <= abs(other.start + other.end - 2 * second)
-                       for other in found if other.start <= second < other.end)
-    assert {second for second in wanted if any(source.start <= second < source.end for source in found)} == set(planned)
+            assert second - start >= 2 or start == clip.start
+            assert end - second >= 2 or end == clip.end
+            assert all(abs(clip.start + clip.end - 2 * second) <= abs(other.start + other.end - 2 * second)
+                       for other in found.itertuples() if other.start <= second < other.end)
+    assert set(covered.second) == {second for second in wanted.second if ((found.start <= second) & (second < found.end)).any()}
 
 
-@given(sources, seconds, st.sets(st.integers(0, 5)))
-@settings(max_examples=200)
-def test_every_second_is_in_exactly_one_clip_or_report_row(found, wanted, broken):
-    failing = {source for index, source in enumerate(found) if index in broken}
-    names, lost = cut_kinetics.settle_video(
-        'aB_-0123456', found, wanted, lambda source, start, end: 'unreadable' if source in failing else None)
-    ranges = [re.fullmatch(r'aB_-0123456_(\d{6})_(\d{6})\.mp4', name) for name in names]
-    clips = pd.DataFrame([dict(clip=name[0][:-4], video='aB_-0123456', start=int(name[1]), end=int(name[2]), problem='')
-                          for name in ranges], columns=['clip', 'video', 'start', 'end', 'problem'])
-    asked = pd.DataFrame(dict(video='aB_-0123456', second=sorted(wanted)))
-    chosen = dict(prepare_annotation.choose_clips(clips, asked)[['second', 'clip']].itertuples(index=False))
+@given(sources, keyframes, st.sets(st.integers(0, 5)))
+@settings(max_examples=200, deadline=None)
+def test_every_second_is_in_a_clip_that_step_5_finds_or_in_one_report_row(found, wanted, broken):
+    found.loc[found.index.isin(broken), 'reason'] = 'unreadable'
+    working = found[found.reason == '']
+    covered, planned = cut_kinetics.plan_clips(wanted, working)
+    lost = cut_kinetics.find_lost(wanted, found, covered, 'absent')
+    clips = pd.DataFrame([dict(clip=name[:-4], video=VIDEO, start=int(name[12:18]), end=int(name[19:25]), problem='')
+                          for name in planned.name], columns=['clip', 'video', 'start', 'end', 'problem'])
+    chosen = set(prepare_annotation.choose_clips(clips, wanted).second)
     reported = {second for _, second, reason in lost if reason}
     assert len(lost) == len(reported)
-    for second in wanted:
-        held = chosen.get(second)
-        working = any(source.start <= second < source.end for source in found if source not in failing)
-        assert (held is not None) >= working and (second in reported) == (not working)
+    for second in wanted.second:
+        held = ((working.start <= second) & (second < working.end)).any()
+        assert (second in chosen) >= held and (second in reported) == (not held)
 
 
 @given(st.text('abcXYZ012_-', min_size=11, max_size=11), st.integers(0, 999_000), st.integers(1, 900))
@@ -60,7 +60,7 @@ def test_names_parse_back(video, start, length):
     name = cut_kinetics.clip_name(video, start, start + length)
     parsed = prepare_annotation.CLIP_NAME.fullmatch(name[:-4])
     assert (parsed['id'], int(parsed['start']), int(parsed['end'])) == (video, start, start + length)
-    assert cut_kinetics.SOURCE_NAME.fullmatch(name)['id'] == video
+    assert re.fullmatch(cut_kinetics.SOURCE_NAME, name)[1] == video
 
 
 @given(st.lists(st.text(max_size=60) | st.sampled_from(GOOD_LINES), max_size=6))
@@ -77,8 +77,7 @@ def test_lines_of_annotations_are_rows_or_problems(lines):
     assert all('\n' not in reason and len(reason) < 400 for _, _, reason in problems)
     assert all(re.fullmatch('[A-Za-z0-9_-]{11}', video) for video in table.video) and table.timestamp.between(0, 1e6).all()
     people = table[table.x1.notna()]
-    assert set(zip(people.video, people.timestamp.astype(int))) == {
-        (video, second) for video, seconds in keyframes.items() for second in seconds}
+    assert set(zip(people.video, people.timestamp.astype(int))) == set(keyframes.itertuples(index=False, name=None))
     assert len(people) >= len([line for line in lines if line == GOOD_LINES[0]])
     assert nobody <= len(table) - len(people)
 
