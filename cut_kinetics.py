@@ -61,6 +61,12 @@ MAX_BYTES = 2 ** 30  # of a video in an archive; ten seconds have a few MB
 TIME_LIMIT = 12  # s that ffmpeg may take for each second of video, some 100 times the usual, and 30 s more
 KILLED = 'unreadable video: ffmpeg was killed, as it happens when memory runs out'
 DISK_FULL = {b'No space left on device': errno.ENOSPC, b'Disk quota exceeded': errno.EDQUOT}
+# What ffmpeg prints of damage, and of no undamaged file that was tried. A stream without an index may lose packets: their loss
+# is told at level debug alone
+FAULT = r'\[(error|fatal)\]|corrupt|undecodable|Invalid timestamps|Continuity check failed|Frame num gap'
+OTHER_SIZE = r'context - (w: \d+ h: \d+ fmt: \d+) .*incoming frame - (?!\1)'
+HARMLESS = 'mmco: unref short failure'  # at the start of a video that a tool cut out of open groups of pictures
+STREAMS = '.ts', '.mts', '.m2ts', '.mpg', '.mpeg', '.vob'
 READ_AGAIN = 'archive to read again'
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 AHEAD = 2000  # items that a cluster is given at once
@@ -212,8 +218,9 @@ def cut_command(ffmpeg: str, video: Path, offset: int, seconds: int, short_side:
     if short_side:
         factor = f'min(1,{short_side}/min(iw,ih))'
         filters += f"scale='2*round(iw/2*{factor})':'2*round(ih/2*{factor})',"
-    return [ffmpeg, '-nostdin', '-v', 'level+warning', '-protocol_whitelist', 'file', '-format_whitelist', FORMATS,
-            '-max_pixels', str(MAX_PIXELS), '-threads', '1', '-i', f'file:{video}', '-map', '0:V:0',
+    level = 'level+debug' if video.suffix in STREAMS else 'level+warning'
+    return [ffmpeg, '-nostdin', '-v', level, '-protocol_whitelist', 'file', '-format_whitelist', FORMATS,
+            '-max_pixels', str(MAX_PIXELS), '-threads', '1', '-reinit_filter', '0', '-i', f'file:{video}', '-map', '0:V:0',
             '-vf', filters + COLOURS, '-frames:v', str(seconds * FPS), *ENCODER,
             '-map_metadata', '-1', '-map_chapters', '-1', '-f', 'mp4', '-y', str(target)]
 
@@ -224,28 +231,32 @@ def find_damage(video: Path, start: int, end: int, words: str) -> str | None:
     An error shows in no picture before its packet's decoding time, and in none after the next key frame.
     """
     import av
-    fault, harmless = None, False
+    fault, seen = None, False
     av.logging.set_level(av.logging.ERROR)
-    with open(video, 'rb') as file, av.open(file) as source, av.logging.Capture() as log:
-        stream = source.streams.video[0]
-        stream.thread_type = 'NONE'
-        for packet in source.demux(stream):
-            pts, dts = (math.nan if ticks is None else float(ticks * packet.time_base) - (source.start_time or 0) / av.time_base
-                        for ticks in (packet.pts, packet.dts))
-            if packet.is_keyframe and pts <= start:
-                fault = None
-            log.clear()
-            try:
-                packet.decode()
-                wrong = log or packet.is_corrupt
-            except av.FFmpegError:
-                wrong = True
-            if wrong and fault is None:
-                fault, harmless = dts, True
-    av.logging.set_level(None)
-    if fault is None or fault >= end + MAX_LEAD_S:
-        return None if harmless else f'damaged video: {words}'
-    return f'damaged video: {words}, at {max(0, fault):.1f} s'
+    try:
+        with open(video, 'rb') as file, av.open(file, metadata_errors='replace') as source, av.logging.Capture() as log:
+            stream = source.streams.video[0]
+            stream.thread_type = 'NONE'
+            for packet in source.demux(stream):
+                pts, dts = (math.nan if ticks is None else float(ticks * packet.time_base) - (source.start_time or 0) / 1e6
+                            for ticks in (packet.pts, packet.dts))
+                if packet.is_keyframe and pts <= start:
+                    fault = None
+                log.clear()
+                try:
+                    packet.decode()
+                    wrong = packet.is_corrupt or any(HARMLESS not in message for _, _, message in log)
+                except av.FFmpegError:
+                    wrong = True
+                if wrong and fault is None:
+                    fault, seen = dts, True
+    except (av.FFmpegError, IndexError):  # what is there cannot even be told apart: streams that come and go
+        return f'damaged video: {words}'
+    finally:
+        av.logging.set_level(None)
+    if seen and (fault is None or fault >= end + MAX_LEAD_S):
+        return None
+    return f'damaged video: {words}' + (f', at {max(fault, 0):.1f} s' if seen and not math.isnan(fault) else '')
 
 
 def cut_clip(video: Path, offset: int, seconds: int, name: str, options: argparse.Namespace) -> str | None:
@@ -276,13 +287,13 @@ def cut_part(video: Path, offset: int, seconds: int, part: Path, options: argpar
     if done.returncode < 0:
         return KILLED
     told = done.stderr.decode(errors='replace').splitlines()
-    faults = [line for line in told if re.search(r'\[(error|fatal)\]|corrupt', line)]
-    gap = [float(line.split()[-1]) for line in faults if line.startswith('[Eval')]
+    gap = [float(line.split()[-1]) for line in told if line.startswith('[Eval')]
+    faults = [line for line in told if re.search(FAULT, line) and HARMLESS not in line and not line.startswith('[Eval')]
     words = re.sub(r'^(\[.*?\] )+', '', (faults or ['ffmpeg gives no reason'])[0]).replace(f'file:{video}', '').strip(': ')
     if done.returncode:
         return f'unreadable video: {words}'
-    if gap:
-        return f'damaged video: no picture between {gap[0]:.1f} and {gap[1]:.1f} s'
+    if any(re.search(OTHER_SIZE, line) for line in told):
+        return 'damaged video: the size of its pictures changes'
     import av
     try:
         with open(part, 'rb') as file, av.open(file, format='mov') as clip:
@@ -291,7 +302,12 @@ def cut_part(video: Path, offset: int, seconds: int, part: Path, options: argpar
         frames = 0
     if frames < seconds * FPS:
         return f'source too short: it ends {seconds - max(0, frames - MAX_REPEAT) / FPS:.1f} s before the clip does'
-    return find_damage(video, offset, offset + seconds, words) if faults else None
+    if faults and video.suffix in STREAMS:  # whose time stamps may be damaged too
+        return f'damaged video: {words}'
+    problem = find_damage(video, offset, offset + seconds, words) if faults else None
+    if gap and not problem:
+        return f'damaged video: no picture between {gap[0]:.1f} and {gap[1]:.1f} s'
+    return problem
 
 
 def find_video(path: str, folders: list[str]) -> str | None:
@@ -316,7 +332,7 @@ def cut_archive(archive: str, known: list, annotations: Path, options: argparse.
     import fsspec
     import tenacity
     entry = dict(archive=[archive.rsplit('/', 1)[-1]], videos=[], failed={}, made=[], error=None)
-    copy = options.avakinetics_root / f'videos/.cut_kinetics_{options.split}/{uuid.uuid4().hex}.mp4'
+    copy = options.avakinetics_root / f'videos/.cut_kinetics_{options.split}/{uuid.uuid4().hex}'
     patiently = tenacity.retry(stop=tenacity.stop_after_attempt(5), wait=tenacity.wait_random_exponential(max=20),
                                retry=tenacity.retry_if_exception_type((OSError, aiohttp.ClientError)), reraise=True)
     try:
@@ -349,9 +365,11 @@ def cut_archive(archive: str, known: list, annotations: Path, options: argparse.
                         continue
                     problem = f'unreadable video: larger than {MAX_BYTES:,} bytes'
                     if member.size <= MAX_BYTES:
+                        copy = copy.with_suffix(Path(name[0]).suffix)
                         with open(copy, 'wb') as target:
                             shutil.copyfileobj(tar.extractfile(member), target, 1 << 20)
                         problem = cut_clip(copy, first - start, last - first, clip, options)
+                        copy.unlink()
                     if problem:
                         entry['failed'][clip_name(video, start, end)] = problem
                     else:
@@ -377,7 +395,7 @@ def workspace(path: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends, however it ends
     except (BlockingIOError, FileNotFoundError):  # the latter where the other run has just ended
         sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
-    for leftover in path.glob('*.mp4'):
+    for leftover in path.glob('*.*'):
         leftover.unlink()
     try:
         yield

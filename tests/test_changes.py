@@ -1,0 +1,128 @@
+"""What changes between two runs: a product that is older than its input is made again, and what cannot be mixed is refused."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import decord
+import pytest
+
+import draw
+from helpers import REPO, annotation_rows, errors, numbered_source, read_csv, run, snapshot
+
+CLIP = 'aaaaaaaaaaa_000103_000107'
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Two sources, one annotated keyframe each, cut: the folder."""
+    for video in 'ab':
+        numbered_source(tmp_path / f'videos/{video * 11}_000100_000110.mp4', {})
+    (tmp_path / 'list.txt').write_text(''.join(f'videos/{video * 11}_000100_000110.mp4\n' for video in 'ab'))
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes/kinetics_train_v1.0.csv').write_text(
+        annotation_rows('aaaaaaaaaaa', 105) + annotation_rows('bbbbbbbbbbb', 105))
+    cut(tmp_path)
+    return tmp_path
+
+
+def cut(folder, *options, **kwargs):
+    return run('cut_kinetics.py', f'--avakinetics_anotation={folder}/notes', f'--kinetics_list={folder}/list.txt',
+               f'--avakinetics_root={folder}/root', *options, **kwargs)
+
+
+def first_number(clip) -> int:
+    return draw.read_stamp(decord.VideoReader(str(clip))[0].asnumpy()[..., ::-1])
+
+
+def report(folder, name='cut_kinetics_train') -> list[list[str]]:
+    return read_csv(folder / f'root/reports/{name}.csv')[1:]
+
+
+def test_a_clip_older_than_its_source_is_cut_again(job):
+    numbered_source(job / 'videos/aaaaaaaaaaa_000100_000110.mp4', dict(first=1000))
+    assert '(1 cut now, 1 there already)' in cut(job).stdout
+    assert first_number(job / f'root/videos/{CLIP}.mp4') == 1090
+    before = snapshot(job)
+    assert '(0 cut now, 2 there already)' in cut(job).stdout and snapshot(job) == before
+
+
+def test_a_source_that_is_gone_costs_no_clip(job):
+    (job / 'videos/aaaaaaaaaaa_000100_000110.mp4').unlink()
+    assert '(0 cut now, 2 there already)' in cut(job).stdout and not report(job)
+    done = cut(job, '--overwrite')
+    assert '1 keyframes left out: file missing' in done.stdout and (job / f'root/videos/{CLIP}.mp4').exists()
+
+
+@pytest.mark.parametrize('options', [[], ['--overwrite']])
+def test_no_clip_stays_behind_the_report_row_of_a_source_that_is_broken_now(job, options):
+    source = job / 'videos/aaaaaaaaaaa_000100_000110.mp4'
+    source.write_bytes(b'broken')
+    if options:
+        os.utime(source, (0, 0))
+    cut(job, *options)
+    assert [row[0] for row in report(job)] == ['aaaaaaaaaaa'] and not (job / f'root/videos/{CLIP}.mp4').exists()
+
+
+def test_clips_of_other_options_are_not_mixed(job):
+    before = snapshot(job)
+    assert errors(cut(job, '--short_side=64', code=1)) == (
+        f'error: 2 clips in {job}/root/videos were made with short_side=none; --overwrite makes all of them anew')
+    assert snapshot(job) == before
+    assert '(2 cut now' in cut(job, '--short_side=64', '--overwrite').stdout
+    assert decord.VideoReader(str(job / f'root/videos/{CLIP}.mp4'))[0].shape[:2] == (64, 86)
+    assert 'short_side=64' in errors(cut(job, code=1)) and '(0 cut now' in cut(job, '--short_side=64').stdout
+
+
+def test_a_killed_change_of_options_goes_on(job):
+    """With the new ones alone: clips from before are made again, whatever their number."""
+    note = job / 'root/reports/cut_kinetics_options.json'
+    stat = os.stat(job / f'root/videos/{"b" * 11}_000103_000107.mp4')
+    cut(job, '--short_side=64', '--overwrite')
+    shutil.copy(job / f'root/videos/{CLIP}.mp4', job / f'root/videos/{"b" * 11}_000103_000107.mp4')
+    os.utime(job / f'root/videos/{"b" * 11}_000103_000107.mp4', (stat.st_atime, stat.st_mtime))  # as if not reached yet
+    assert json.loads(note.read_text())['since'] > stat.st_mtime
+    assert '(1 cut now, 1 there already)' in cut(job, '--short_side=64').stdout
+
+
+def test_clips_of_another_program_are_not_taken_as_ours(job):
+    (job / 'root/reports/cut_kinetics_options.json').unlink()
+    assert 'made by another program or an older version; --overwrite' in errors(cut(job, code=1))
+    assert '(2 cut now' in cut(job, '--overwrite').stdout and '(0 cut now' in cut(job).stdout
+
+
+def test_clips_that_no_annotation_asks_for_any_more_are_named_and_left(job):
+    shutil.copy(job / f'root/videos/{CLIP}.mp4', job / 'root/videos/ccccccccccc_000003_000007.mp4')  # of the other split, say
+    (job / 'notes/kinetics_train_v1.0.csv').write_text(
+        annotation_rows('aaaaaaaaaaa', 104) + annotation_rows('bbbbbbbbbbb', 105))
+    assert f'1 other clips of these videos are left, which no annotation asks for, such as {CLIP}.mp4' in cut(job).stdout
+    assert (job / f'root/videos/{CLIP}.mp4').exists()
+
+
+def test_a_wrong_working_directory_leaves_nothing_behind(job, tmp_path):
+    (tmp_path / 'elsewhere').mkdir()
+    done = run('cut_kinetics.py', cwd=tmp_path / 'elsewhere', env={**os.environ, 'MMACTION2': 'data'}, code=1)
+    assert 'do Step 2' in errors(done)
+    run('cut_kinetics.py', f'--avakinetics_anotation={job}/notes', cwd=tmp_path / 'elsewhere',
+        env={**os.environ, 'MMACTION2': '.'}, code=1)
+    assert not list((tmp_path / 'elsewhere').iterdir())
+
+
+def test_a_root_whose_name_is_no_utf8(job):
+    root = os.fsencode(job) + b'/\xff\xfe'
+    command = [sys.executable, REPO / 'cut_kinetics.py', f'--avakinetics_anotation={job}/notes',
+               f'--kinetics_list={job}/list.txt',
+               b'--avakinetics_root=' + root]
+    for script, options in ('cut_kinetics.py', command[2:]), ('extract_rgb_frames.py', command[4:]), (
+            'prepare_annotation.py', [command[2], command[4]]):
+        done = subprocess.run([sys.executable, REPO / script, *options], capture_output=True)
+        assert done.returncode == 0 and b'Traceback' not in done.stderr, done.stderr
+    assert len(os.listdir(root + b'/rawframes/' + CLIP.encode())) == 120
+    assert b'2 of 2 annotated keyframes' in done.stdout
+
+
+@pytest.mark.parametrize('value', ['0', '-2'])
+def test_a_number_of_workers_that_means_nothing_is_refused(job, value):
+    assert '--num_workers' in errors(cut(job, f'--num_workers={value}', code=1))
+    assert '--num_workers' in errors(run('extract_rgb_frames.py', f'--num_workers={value}', code=1))
