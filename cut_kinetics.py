@@ -458,7 +458,7 @@ def is_stale(clip: str, options: argparse.Namespace, source_time: float) -> bool
     """Whether a clip is not there, or older than its source or than the options that shape clips."""
     try:
         return os.stat(options.avakinetics_root / 'videos' / clip).st_mtime < max(options.since, source_time)
-    except FileNotFoundError:
+    except OSError:
         return True
 
 

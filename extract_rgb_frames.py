@@ -2,8 +2,8 @@
 """Step 4: turn the clips into JPEG frames.
 
 Reads ROOT/videos/<clip>.mp4 and writes ROOT/rawframes/<clip>/img_%05d.jpg from img_00001.jpg on, as many as the clip's
-name says: 30 a second. A folder that is complete is skipped, an incomplete one is made again; it appears under its
-name only when it is whole. Clips that could not be used are in ROOT/reports/extract_rgb_frames.csv with the reason.
+name says: 30 a second. A folder that is complete and newer than its clip is skipped, any other is made again; it appears
+under its name only when it is whole. Clips that could not be used are in ROOT/reports/extract_rgb_frames.csv with the reason.
 
     python3 extract_rgb_frames.py --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
@@ -11,16 +11,14 @@ import argparse
 import contextlib
 import ctypes
 import fcntl
-import functools
 import logging
 import os
 import re
 import shutil
 import signal
 import sys
-import tempfile
+import uuid
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
@@ -35,6 +33,7 @@ MAX_PIXELS = 7680 * 4320  # a header that claims larger pictures would cost giga
 WORK = 'rawframes/.extract_rgb_frames'  # folder of unfinished frames in ROOT
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 AHEAD = 2000  # items that a cluster is given at once
+CHUNK = 256  # clips that a worker looks through at once
 QUALITY = 92  # of libjpeg; the PSNR is 0.4 to 0.5 dB above that of ffmpeg's -q:v 2: benchmarks/README.md
 BT709, FULL_RANGE = 1, 2  # matrix_coefficients of ITU-T H.273, FFmpeg's AVCOL_RANGE_JPEG
 
@@ -53,21 +52,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-@functools.cache
-def frame_names(count: int) -> frozenset[str]:
-    return frozenset(f'img_{index:05d}.jpg' for index in range(1, count + 1))
-
-
 def count_frames(clip: str) -> int:
     """How many frames a clip of this name has."""
     return (int(clip[-6:]) - int(clip[-13:-7])) * FPS
 
 
-def is_complete(root: Path, clip: str) -> bool:
+def is_complete(clip: str, root: Path) -> bool:
+    """Whether a clip has all its frames, none of them empty or older than the clip."""
+    names = {f'img_{index:05d}.jpg' for index in range(1, count_frames(clip) + 1)}
     try:
-        return frame_names(count_frames(clip)).issubset(os.listdir(root / 'rawframes' / clip))
-    except (FileNotFoundError, NotADirectoryError):
+        cut = os.stat(root / f'videos/{clip}.mp4').st_mtime
+        with os.scandir(root / 'rawframes' / clip) as entries:
+            frames = [entry.stat() for entry in entries if entry.name in names]
+    except OSError:
         return False
+    return len(frames) == len(names) and all(frame.st_size and frame.st_mtime >= cut for frame in frames)
+
+
+def find_complete(clips: list[str], root: Path) -> list[str]:
+    """Those of the clips that are extracted already."""
+    return [clip for clip in clips if is_complete(clip, root)]
 
 
 def full_range() -> tuple:
@@ -97,26 +101,28 @@ def extract_clip(clip: str, root: Path) -> str | None:
     """Extract one clip's frames into their folder; return None, or why that cannot be done."""
     import av
     frames, expected, count, tables = root / 'rawframes' / clip, count_frames(clip), 0, full_range()
-    # a folder of its own: on a cluster, two workers may happen to do the same clip
-    with tempfile.TemporaryDirectory(dir=root / WORK, ignore_cleanup_errors=True) as folder:
-        work = Path(folder) / clip
-        work.mkdir()
-        try:
-            with av.open(str(root / f'videos/{clip}.mp4'), format='mov') as video:
-                stream = video.streams.video[0]
-                stream.thread_count, stream.thread_type = 1, 'NONE'  # one thread a process beats many
-                stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}
-                for count, frame in enumerate(video.decode(stream), 1):
-                    if count > expected:
-                        break
-                    (work / f'img_{count:05d}.jpg').write_bytes(encode_jpeg(frame, *tables))
-        except (av.FFmpegError, IndexError, ValueError) as error:  # no video, no stream of pictures, impossible pictures
-            return f'unreadable clip: {getattr(error, "strerror", None) or error}'
+    work = root / WORK / uuid.uuid4().hex  # its own: on a cluster, two workers may happen to do the same clip
+    work.mkdir()
+    try:
+        with av.open(str(root / f'videos/{clip}.mp4'), format='mov') as video:
+            stream = video.streams.video[0]
+            stream.thread_count, stream.thread_type = 1, 'NONE'  # one thread a process beats many
+            stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}
+            for count, frame in enumerate(video.decode(stream), 1):
+                if count > expected:
+                    break
+                (work / f'img_{count:05d}.jpg').write_bytes(encode_jpeg(frame, *tables))
         if count != expected:
             return f'wrong number of frames: {count} instead of {expected}; cut it again, Step 3'
         if os.path.lexists(frames):
             os.replace(frames, f'{work}.old')
         os.replace(work, frames)
+        return None
+    except (av.FFmpegError, IndexError, ValueError) as error:  # no video, no stream of pictures, impossible pictures
+        return f'unreadable clip: {getattr(error, "strerror", None) or error}'
+    finally:
+        for folder in work, f'{work}.old':
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -192,14 +198,15 @@ def extract(args: argparse.Namespace, root: Path, files: list[str], clips: list[
     import pandas as pd
     known = {f'{clip}.mp4' for clip in clips}
     rows = [(name, 'not a clip: no name like ID_000001_000005.mp4') for name in files if name not in known]
-    with ThreadPoolExecutor(16) as threads:  # which a slow file server answers together
-        complete = threads.map(functools.partial(is_complete, root), clips)
-        there = [done and not args.overwrite for done in tqdm(complete, total=len(clips), desc='check', unit='clip', delay=1)]
-    left = [(clip, root) for clip, done in zip(clips, there) if not done]
-    with workspace(root / WORK), tqdm(total=len(left), desc='extract', unit='clip', delay=1) as bar:
+    there = set()
+    with workspace(root / WORK):
+        chunks = [] if args.overwrite else [(clips[index:index + CHUNK], root) for index in range(0, len(clips), CHUNK)]
+        with contextlib.closing(run_all(find_complete, chunks, args)) as answers:
+            for _, complete, _ in tqdm(answers, total=len(chunks), desc='check', unit='chunk', delay=1):
+                there.update(complete or ())
+        left = [(clip, root) for clip in clips if clip not in there]
         with contextlib.closing(run_all(extract_clip, left, args)) as answers:
-            for (clip, _), problem, failure in answers:
-                bar.update()
+            for (clip, _), problem, failure in tqdm(answers, total=len(left), desc='extract', unit='clip', delay=1):
                 if problem or failure:
                     rows.append((clip, problem or failure))
     report = root / 'reports/extract_rgb_frames.csv'
@@ -210,7 +217,7 @@ def extract(args: argparse.Namespace, root: Path, files: list[str], clips: list[
 
     failed = len(rows) - (len(files) - len(clips))
     print(f'{len(clips) - failed} of {len(clips)} clips in {root / "rawframes"} ({len(left) - failed} extracted now, '
-          f'{sum(there)} there already)')
+          f'{len(there)} there already)')
     for reason, count in Counter(row[1].split(':')[0] for row in rows).most_common():
         print(f'  {count} left out: {reason}')
     print(f'  report: {report}')
@@ -220,6 +227,7 @@ def extract(args: argparse.Namespace, root: Path, files: list[str], clips: list[
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+    sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     args = parse_args(argv)
     root = args.avakinetics_root.absolute()
     if not (root / 'videos').is_dir():

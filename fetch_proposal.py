@@ -613,10 +613,14 @@ class Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def write_proposals(path: Path, proposals: dict[str, np.ndarray]) -> None:
-    """Pickle the proposals beside their final name, then rename; a file that holds just these is left as it is."""
+def write_proposals(path: Path, proposals: dict[str, np.ndarray], made_of: str) -> None:
+    """Pickle the proposals beside their final name, then rename; a file that holds just these is left as it is.
+
+    A trailer, which unpicklers ignore, says of which list they were made: Step 7 merges them with no other.
+    """
     buffer = io.BytesIO()
     Pickler(buffer, protocol=4).dump(dict(sorted(proposals.items())))
+    buffer.write(f'\nmade of {made_of}\n'.encode())
     if not path.is_file() or path.read_bytes() != buffer.getbuffer():
         part = path.with_name(f'.{path.name}.part')
         part.write_bytes(buffer.getbuffer())
@@ -667,12 +671,15 @@ def draw_preview(path: Path, root: Path, table, proposals: dict[str, np.ndarray]
     figure.savefig(path, dpi=100)
 
 
+def digest_of(path: Path) -> str:
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
 def identify(args: argparse.Namespace, checkpoint: Path) -> dict:
     """What makes a detector: digests of its config and its weights, and its precision."""
     config = json.dumps(load_config(args.config, False).to_dict(), sort_keys=True, default=str)
-    with open(checkpoint, 'rb') as file:
-        weights = hashlib.file_digest(file, 'sha256').hexdigest()
-    return dict(config=hashlib.sha256(config.encode()).hexdigest(), checkpoint=weights, amp=args.amp)
+    return dict(config=hashlib.sha256(config.encode()).hexdigest(), checkpoint=digest_of(checkpoint), amp=args.amp)
 
 
 def start_detection(frames: list[Frame], args: argparse.Namespace, checkpoint: Path) -> Iterator[tuple[str, np.ndarray | str]]:
@@ -732,7 +739,7 @@ def fetch(args: argparse.Namespace) -> None:
     write_report(report, rows)
     if not people:
         sys.exit(f'error: not one frame could be read; {report} says why')
-    write_proposals(target, proposals)
+    write_proposals(target, proposals, digest_of(args.datalist))
 
     print(f'{sum(map(len, proposals.values()))} people on {len(proposals)} of {len(frames)} frames in {target}')
     done = len(left) - len(unreadable)
@@ -750,6 +757,7 @@ def fetch(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+    sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     args = parse_args(argv)
     root = args.avakinetics_root
     if not args.datalist.is_file():

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import fcntl
+import hashlib
 import io
 import os
 import pickle
@@ -44,6 +45,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Step 7a: merge the Kinetics part into AVA's annotations.")
     parser.add_argument('--avakinetics_root', type=Path, default=MMACTION2 / 'data/ava_kinetics', metavar='DIR',
                         help='folder of the data set that is made (default: %(default)s)')
+    parser.add_argument('--datalist', type=Path, metavar='CSV',
+                        help='annotations written by Step 5 (default: ROOT/kinetics_train.csv, or ..._val.csv)')
+    parser.add_argument('--picklepath', type=Path, metavar='PKL',
+                        help='proposals written by Step 6 (default: ROOT/kinetics_proposal.pkl, or ..._val_proposal.pkl)')
     parser.add_argument('--split', choices=['train', 'val'], default='train', help='part of AVA-Kinetics (default: train)')
     return parser.parse_args(argv)
 
@@ -117,6 +122,17 @@ def read_proposals(path: Path, problems: list[tuple]) -> dict[str, np.ndarray]:
     return proposals
 
 
+def check_list(rows: Path, proposals: Path) -> None:
+    """End where Step 6 made the proposals of another list than these rows, as its trailer of their pickle says."""
+    with open(proposals, 'rb') as file:
+        file.seek(max(0, proposals.stat().st_size - 74))
+        made_of = re.fullmatch(rb'\nmade of ([0-9a-f]{64})\n', file.read())
+    with open(rows, 'rb') as file:
+        if made_of and made_of[1].decode() != hashlib.file_digest(file, 'sha256').hexdigest():
+            sys.exit(f'error: {proposals} was made of another list than {rows}; repeat Step 6: fetch_proposal.py '
+                     f'--datalist={rows} --picklepath={proposals}')
+
+
 def original_of(path: Path) -> Path:
     """Where the first merge keeps AVA's own file."""
     return path.with_suffix('.ava_only' + path.suffix)
@@ -142,6 +158,7 @@ def merge(kinetics: list[Path], own: list[Path], merged: list[Path], report: Pat
     import pandas as pd
     with contextlib.suppress(OSError):  # some file servers cannot
         fcntl.flock(os.open(merged[0].parent, os.O_RDONLY), fcntl.LOCK_EX)  # a second merge waits until this process ends
+    check_list(*kinetics)
     problems = []
     rows = read_rows(kinetics[0], CLIP, problems)
     own_csv = own_file(own[0], bool(re.search(f'^{CLIP},'.encode(), own[0].read_bytes(), re.M)), copy_ava)
@@ -184,9 +201,11 @@ def merge(kinetics: list[Path], own: list[Path], merged: list[Path], report: Pat
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+    sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     args = parse_args(argv)
     root, notes, split = args.avakinetics_root, args.avakinetics_root / 'annotations', args.split
-    kinetics = [root / f'kinetics_{split}.csv', root / f'kinetics{"" if split == "train" else "_val"}_proposal.pkl']
+    kinetics = [args.datalist or root / f'kinetics_{split}.csv',
+                args.picklepath or root / f'kinetics{"" if split == "train" else "_val"}_proposal.pkl']
     own = [notes / f'ava_{split}_v2.2.csv', notes / f'ava_dense_proposals_{split}.FAIR.recall_93.9.pkl']
     merged = own if split == 'train' else [notes / 'ava_kinetics_val_v2.2.csv', notes / 'ava_kinetics_dense_proposals_val.pkl']
     copy_ava = f"copy AVA's annotation folder: cp -r {MMACTION2}/data/ava/annotations/ {root}/"
@@ -194,6 +213,9 @@ def main(argv: list[str] | None = None) -> None:
     for path, hint in zip(kinetics + own, hints + [copy_ava] * 2):
         if not path.is_file():
             sys.exit(f'error: {path} not found; {hint}')
+    if notes.is_symlink():
+        sys.exit(f"error: {notes} is a link to {notes.resolve()}: merging would change AVA's own files; remove the link, then "
+                 + copy_ava)
     try:
         merge(kinetics, own, merged, root / f'reports/merge_annotations_{split}.csv', copy_ava)
     except OSError as error:  # a full disk, missing permissions

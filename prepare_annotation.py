@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Step 5: write the annotations of the clips that are there, as MMAction2 reads them.
 
-Reads the AVA-Kinetics annotations (kinetics_train_v1.0.csv) and the clip folders in ROOT/rawframes, whatever made
-them, or the clips in ROOT/videos where there are no raw frames, and writes ROOT/kinetics_train.csv: a row
+Reads the AVA-Kinetics annotations (kinetics_train_v1.0.csv) and, clip by clip, the folder in ROOT/rawframes, whatever made
+it, or the video in ROOT/videos where that is missing or lacks frames, and writes ROOT/kinetics_train.csv: a row
 `<clip>,<second>,x1,y1,x2,y2,action_id,-1` for each annotation, in the order of the annotation file, on the clip in
 which its keyframe is most centred. A clip that lacks frames is not used. What could not be used is in
 ROOT/reports/prepare_annotation_train.csv with its reason. With `--split val`, all names have val in place of train.
@@ -86,22 +86,24 @@ def frame_names(count: int) -> frozenset[str]:
 
 
 def missing_frames(root: Path, clip: str) -> tuple[bool, str]:
-    """Whether a clip has a folder of raw frames, and what it lacks of the frames that its name promises: '' for nothing."""
-    total = (int(clip[-6:]) - int(clip[-13:-7])) * FPS
+    """Whether a clip has all its raw frames and, where neither these nor its video are whole, what is missing."""
+    total, problem = (int(clip[-6:]) - int(clip[-13:-7])) * FPS, ''
     try:
         missing = sorted(frame_names(total).difference(os.listdir(root / 'rawframes' / clip)))
-        return True, f'frames missing: {len(missing)} of {total}, first {missing[0]}' if missing else ''
+        if not missing:
+            return True, ''
+        problem = f'frames missing: {len(missing)} of {total}, first {missing[0]}'
     except FileNotFoundError:  # no raw frames
         pass
     except OSError as error:
-        return True, f'unreadable clip: {error.strerror}'
+        problem = f'unreadable clip: {error.strerror}'
     import av
     try:
         with av.open(str(root / f'videos/{clip}.mp4'), format='mov') as video:
             count = sum(packet.size > 0 for packet in video.demux(video=0))
+        return False, problem or f'frames missing: {total - count} of {total}' if count < total else ''
     except (av.FFmpegError, IndexError) as error:
-        return False, f'unreadable clip: {getattr(error, "strerror", None) or "no video"}'
-    return False, f'frames missing: {total - count} of {total}' if count < total else ''
+        return False, problem or f'unreadable clip: {getattr(error, "strerror", None) or "no video"}'
 
 
 def find_clips(root: Path, videos: set[str]) -> list[str]:
@@ -167,6 +169,9 @@ def prepare(args: argparse.Namespace, annotations: Path) -> None:
     used_clips = used.drop_duplicates('clip')
     print(f'{len(rows)} rows in {target}: {len(used)} of {len(keyframes)} annotated keyframes, on {len(used_clips)} clips, '
           f'{used_clips.raw.sum()} by their raw frames, {(~used_clips.raw.astype(bool)).sum()} by their videos')
+    if used_clips.raw.nunique() > 1:
+        print('  training reads either frames or videos of Kinetics: extract the frames that are missing (Step 4), then repeat '
+              'this step, or let it read videos alone')
     for reason, count in lost.problem.str.split(':').str[0].value_counts().items():
         print(f'  {count} keyframes left out: {reason}')
     if len(nobody):
@@ -179,6 +184,7 @@ def prepare(args: argparse.Namespace, annotations: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+    sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     args = parse_args(argv)
     root, annotations = args.avakinetics_root, args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
     if not annotations.is_file():

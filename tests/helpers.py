@@ -137,11 +137,11 @@ def numbered_source(path: Path, variant: dict) -> None:
     draw.encode(path, frames(), fps, stored, before, inputs, options)
 
 
-def empty_frames(folder: Path, clip: str, count: int | None = None) -> None:
-    """A clip folder with as many (empty) frames as its name says, or with `count`."""
+def fake_frames(folder: Path, clip: str, count: int | None = None) -> None:
+    """A clip folder with as many frames, none a picture, as its name says, or with `count`."""
     (folder / clip).mkdir(parents=True)
     for index in range(1, ((int(clip[-6:]) - int(clip[-13:-7])) * 30 if count is None else count) + 1):
-        (folder / clip / f'img_{index:05d}.jpg').touch()
+        (folder / clip / f'img_{index:05d}.jpg').write_bytes(b'frame')
 
 
 def load(path: Path) -> object:

@@ -80,13 +80,21 @@ def draw_ava(mmaction2: Path) -> None:
             proposals[f'{video},{second:04d}'] = np.hstack([boxes.round(3), np.full((len(boxes), 1), 0.95)])
     names = ava / 'annotations'
     (names / 'ava_train_v2.2.csv').write_text(rows)
+    draw_other_annotations(names)
     (names / 'ava_train_excluded_timestamps_v2.2.csv').write_text(f'{next(iter(AVA_VIDEOS))},0904\n')
     (names / 'ava_val_v2.2.csv').write_text(rows)
-    (names / 'ava_val_excluded_timestamps_v2.2.csv').write_text('')
-    (names / 'ava_action_list_v2.2_for_activitynet_2019.pbtxt').write_text(''.join(
-        f'item {{\n  name: "{name}"\n  id: {number}\n}}\n' for number, name in ACTIONS.items()))
     for split in 'train', 'val':
         (names / f'ava_dense_proposals_{split}.FAIR.recall_93.9.pkl').write_bytes(fair_pickle(proposals))
+
+
+def draw_other_annotations(folder: Path) -> None:
+    """The files of AVA's annotation folder beside the training rows and proposals; nothing is validated or excluded."""
+    (folder / 'ava_train_excluded_timestamps_v2.2.csv').write_text('')
+    (folder / 'ava_val_v2.2.csv').write_text('')
+    (folder / 'ava_val_excluded_timestamps_v2.2.csv').write_text('')
+    (folder / 'ava_dense_proposals_val.FAIR.recall_93.9.pkl').write_bytes(fair_pickle({}))
+    (folder / 'ava_action_list_v2.2_for_activitynet_2019.pbtxt').write_text(''.join(
+        f'item {{\n  name: "{name}"\n  id: {number}\n}}\n' for number, name in ACTIONS.items()))
 
 
 def fair_pickle(proposals: dict[str, np.ndarray]) -> bytes:

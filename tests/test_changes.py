@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import cv2
 import decord
 import pytest
 
@@ -126,3 +127,69 @@ def test_a_root_whose_name_is_no_utf8(job):
 def test_a_number_of_workers_that_means_nothing_is_refused(job, value):
     assert '--num_workers' in errors(cut(job, f'--num_workers={value}', code=1))
     assert '--num_workers' in errors(run('extract_rgb_frames.py', f'--num_workers={value}', code=1))
+
+
+def extract(folder):
+    return run('extract_rgb_frames.py', f'--avakinetics_root={folder}/root')
+
+
+def prepare(folder):
+    return run('prepare_annotation.py', f'--avakinetics_anotation={folder}/notes', f'--avakinetics_root={folder}/root')
+
+
+def test_frames_older_than_their_clip_are_extracted_again(job):
+    assert '(2 extracted now, 0 there already)' in extract(job).stdout
+    numbered_source(job / 'videos/aaaaaaaaaaa_000100_000110.mp4', dict(first=1000))
+    cut(job)
+    assert '(1 extracted now, 1 there already)' in extract(job).stdout
+    assert draw.read_stamp(cv2.imread(str(job / f'root/rawframes/{CLIP}/img_00001.jpg'))) == 1090
+    before = snapshot(job)
+    assert '(0 extracted now, 2 there already)' in extract(job).stdout and snapshot(job) == before
+
+
+def test_a_folder_with_an_empty_frame_is_not_complete(job):
+    extract(job)
+    before = snapshot(job)
+    (job / f'root/rawframes/{CLIP}/img_00077.jpg').write_bytes(b'')
+    assert '(1 extracted now, 1 there already)' in extract(job).stdout and snapshot(job) == before
+
+
+def test_step_5_takes_each_clip_as_it_is(job):
+    """By its raw frames where they are complete, else by its video; a folder of frames hides no other clip."""
+    extract(job)
+    shutil.rmtree(job / 'root/rawframes/bbbbbbbbbbb_000103_000107')
+    done = prepare(job)
+    assert '2 of 2 annotated keyframes, on 2 clips, 1 by their raw frames, 1 by their videos' in done.stdout
+    assert 'training reads either frames or videos of Kinetics' in done.stdout
+    (job / f'root/rawframes/{CLIP}/img_00077.jpg').unlink()
+    done = prepare(job)
+    assert '0 by their raw frames, 2 by their videos' in done.stdout and 'either' not in done.stdout
+    (job / f'root/videos/{CLIP}.mp4').unlink()
+    prepare(job)
+    assert report(job, 'prepare_annotation_train') == [
+        ['aaaaaaaaaaa', '105', f'frames missing: 1 of 120, first img_00077.jpg in {CLIP}']]
+
+
+def test_a_validation_split_without_frames_beside_a_training_split_with_them(job):
+    extract(job)
+    (job / 'notes/kinetics_val_v1.0.csv').write_text(annotation_rows('vvvvvvvvvvv', 105))
+    numbered_source(job / 'videos/vvvvvvvvvvv_000100_000110.mp4', {})
+    (job / 'val.txt').write_text('videos/vvvvvvvvvvv_000100_000110.mp4\n')
+    cut(job, '--split=val', f'--kinetics_list={job}/val.txt')
+    done = run('prepare_annotation.py', f'--avakinetics_anotation={job}/notes', f'--avakinetics_root={job}/root', '--split=val')
+    assert '1 of 1 annotated keyframes, on 1 clips, 0 by their raw frames, 1 by their videos' in done.stdout
+
+
+def test_what_another_user_left_unfinished_is_no_obstacle(job):
+    """Colleagues share a folder by their group: what a killed run leaves is as open as the folder, whatever it is called."""
+    old = os.umask(0o002)
+    try:
+        for folder, content in ('videos/.cut_kinetics_train', 'x.mp4'), ('rawframes/.extract_rgb_frames', 'x'):
+            (job / 'root' / folder).mkdir(parents=True)
+            (job / 'root' / folder / content).mkdir() if content == 'x' else (job / 'root' / folder / content).touch()
+        cut(job, '--overwrite'), extract(job)
+    finally:
+        os.umask(old)
+    assert not [path for path in (job / 'root').rglob('.*')]
+    modes = {path.stat().st_mode & 0o777 for path in (job / 'root/rawframes').iterdir()}
+    assert modes == {0o775} and (job / f'root/videos/{CLIP}.mp4').stat().st_mode & 0o777 == 0o664

@@ -91,8 +91,9 @@ class Job:
         (folder / 'ava/annotations').mkdir(parents=True)
         for video in '-5KQ66BBWC4', 'AVA_mov-1_x':
             (folder / 'ava/rawframes' / video).mkdir(parents=True)
-            (folder / 'ava/rawframes' / video / 'img_00061.jpg').touch()
+            (folder / 'ava/rawframes' / video / 'img_00061.jpg').write_bytes(b'frame')
         notes = folder / 'ava/annotations'
+        sample_world.draw_other_annotations(notes)
         (notes / 'ava_train_v2.2.csv').write_text(
             ''.join(f'{video},0902,0.1,0.2,0.3,0.4,12,0\n' for video in ('-5KQ66BBWC4', 'AVA_mov-1_x'))
         )

@@ -22,7 +22,7 @@ import torch
 import draw
 import fetch_proposal
 import sample_world
-from helpers import (REPO, TINY, annotation_rows, empty_frames, errors, load, numbered_source, read_csv, refused, run, snapshot,
+from helpers import (REPO, TINY, annotation_rows, fake_frames, errors, load, numbered_source, read_csv, refused, run, snapshot,
                      write_root)
 
 LINE = 'aaaaaaaaaaa,5,0.1,0.2,0.5,0.9,12'
@@ -504,7 +504,7 @@ def test_clips(tmp_path, name):
 def test_folders_of_frames(tmp_path):
     """Step 5 on what may lie in rawframes/ beside good folders."""
     frames = tmp_path / 'rawframes'
-    empty_frames(frames, 'aaaaaaaaaaa_000003_000007')
+    fake_frames(frames, 'aaaaaaaaaaa_000003_000007')
     (frames / 'bbbbbbbbbbb_000003_000007').symlink_to('bbbbbbbbbbb_000003_000007')
     (frames / 'ccccccccccc_000003_000007').write_text('a file')
     (frames / 'ddddddddddd_000003_000007').mkdir()
@@ -741,7 +741,7 @@ def test_rows_to_merge_and_to_check(merging, tmp_path):
         (frames / name).mkdir(parents=True)
     (frames / 'loop').symlink_to('loop')
     (frames / 'file').touch()
-    empty_frames(merging / 'rawframes', 'aaaaaaaaaaa_000103_000107')
+    fake_frames(merging / 'rawframes', 'aaaaaaaaaaa_000103_000107')
     (merging / 'rawframes/-5KQ66BBWC4').symlink_to('-5KQ66BBWC4')
     for content in PICKLES.values():
         (merging / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(content)

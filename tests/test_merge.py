@@ -1,13 +1,15 @@
 """Step 7: AVA's annotations and frames joined with the Kinetics part."""
+import hashlib
 import os
 import pickle
 import pickletools
+import shutil
 
 import numpy as np
 import pytest
 
 import sample_world
-from helpers import empty_frames, errors, read_csv, run, snapshot
+from helpers import errors, fake_frames, numbered_source, read_csv, run, snapshot
 
 CSV, PICKLE = 'annotations/ava_train_v2.2.csv', 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl'
 AVA_ROWS = '-5KQ66BBWC4,0902,0.100,0.200,0.300,0.400,12,0\nAVA_mov-1_x,1798,0.100,0.200,0.300,0.400,80,17\n'
@@ -174,11 +176,12 @@ def test_merge_errors_say_what_to_do(root):
 @pytest.fixture
 def worlds(root, tmp_path):
     """A merged ROOT with one Kinetics clip, and AVA with its two videos' frames."""
+    sample_world.draw_other_annotations(root / 'annotations')
     merge(root)
-    empty_frames(root / 'rawframes', 'aaaaaaaaaaa_000103_000107')
+    fake_frames(root / 'rawframes', 'aaaaaaaaaaa_000103_000107')
     for video, last in ('-5KQ66BBWC4', 61), ('AVA_mov-1_x', 26941):
         (tmp_path / 'ava/rawframes' / video).mkdir(parents=True)
-        (tmp_path / 'ava/rawframes' / video / f'img_{last:05d}.jpg').touch()
+        (tmp_path / 'ava/rawframes' / video / f'img_{last:05d}.jpg').write_bytes(b'frame')
     return root, tmp_path / 'ava'
 
 
@@ -214,8 +217,77 @@ def test_the_closing_check_finds_what_training_would_miss(worlds):
     (ava / 'rawframes/AVA_mov-1_x/img_26941.jpg').unlink()
     assert 'not complete' in errors(link(root, ava, code=1))
     assert read_csv(root / 'reports/softlink_ava.csv')[1:] == [
-        ['AVA_mov-1_x', 'frames missing: 1 of 1, first img_26941.jpg'],
-        ['aaaaaaaaaaa_000103_000107', 'frames missing: 1 of 120, first img_00120.jpg']]
+        ['AVA_mov-1_x', 'frames missing or empty: 1 of 1, first img_26941.jpg'],
+        ['aaaaaaaaaaa_000103_000107', 'frames missing or empty: 1 of 120, first img_00120.jpg']]
+
+
+@pytest.mark.parametrize('change,name,reason', [
+    (lambda root, ava: (root / 'annotations/ava_val_v2.2.csv').unlink(), 'ava_val_v2.2.csv',
+     "file missing: copy it from AVA's annotation folder"),
+    (lambda root, ava: (root / 'kinetics_train.csv').write_text(KINETICS_ROWS), 'ava_train_v2.2.csv',
+     'older than kinetics_train.csv: merge again, Step 7 (merge_annotations.py)'),
+    (lambda root, ava: (root / 'kinetics_train.csv').unlink(), 'kinetics_train.csv',
+     'file missing: do Step 5 (prepare_annotation.py)'),
+    (lambda root, ava: (root / CSV).write_text(AVA_ROWS), 'ava_train_v2.2.csv',
+     'no Kinetics row: do Step 7 (merge_annotations.py)'),
+    (lambda root, ava: (root / PICKLE).write_bytes(b'broken'), PICKLE.split('/')[1],
+     'unreadable: do Step 7 (merge_annotations.py)'),
+    (lambda root, ava: (root / 'rawframes/aaaaaaaaaaa_000103_000107/img_00007.jpg').write_bytes(b''),
+     'aaaaaaaaaaa_000103_000107', 'frames missing or empty: 1 of 120, first img_00007.jpg'),
+    (lambda root, ava: (ava / 'rawframes/-5KQ66BBWC4/img_00061.jpg').write_bytes(b''), '-5KQ66BBWC4',
+     'frames missing or empty: 1 of 1, first img_00061.jpg'),
+    (lambda root, ava: shutil.rmtree(root / 'rawframes/aaaaaaaaaaa_000103_000107'), 'aaaaaaaaaaa_000103_000107',
+     'clip missing: no video'),
+], ids=['validation file', 'older rows', 'no list', 'not merged', 'pickle', 'empty frame', 'empty frame of AVA', 'no clip'])
+def test_not_ready_for_training(worlds, change, name, reason):
+    root, ava = worlds
+    assert 'ready for training' in link(root, ava).stdout
+    change(root, ava)
+    done = link(root, ava, code=1)
+    assert 'not complete' in errors(done) and name in errors(done) and 'ready for training' not in done.stdout
+    assert [name, reason] in read_csv(root / 'reports/softlink_ava.csv')
+
+
+@pytest.mark.parametrize('seconds,problem', [
+    (4, None), (3.5, 'frames missing: 15 of 120'), (0, 'unreadable clip: decord cannot open it')])
+def test_clips_that_are_read_as_videos_have_their_frames(worlds, seconds, problem):
+    root, ava = worlds
+    shutil.rmtree(root / 'rawframes')
+    clip = root / 'videos/aaaaaaaaaaa_000103_000107.mp4'
+    numbered_source(clip, dict(seconds=seconds or 1))
+    if not seconds:
+        clip.write_bytes(clip.read_bytes()[:500])
+    if problem:
+        assert problem in errors(link(root, ava, code=1))
+    else:
+        assert 'ready for training, the Kinetics part from its videos' in link(root, ava).stdout
+
+
+def test_a_pickle_of_another_list_is_refused_with_the_command_that_mends_it(root):
+    rows = (root / 'kinetics_train.csv').read_bytes()
+    with open(root / 'kinetics_proposal.pkl', 'ab') as file:
+        file.write(f'\nmade of {hashlib.sha256(rows).hexdigest()}\n'.encode())
+    merge(root)
+    (root / 'kinetics_train.csv').write_bytes(rows * 2)
+    before = snapshot(root)
+    assert (f'Step 6: fetch_proposal.py --datalist={root}/kinetics_train.csv --picklepath={root}/kinetics_proposal.pkl'
+            in errors(merge(root, code=1)))
+    assert snapshot(root) == before
+
+
+def test_other_places_of_list_and_pickle(root):
+    """As in Step 6."""
+    for old, new in ('kinetics_train.csv', 'some.csv'), ('kinetics_proposal.pkl', 'some.pkl'):
+        (root / old).rename(root / new)
+    run('merge_annotations.py', f'--avakinetics_root={root}', f'--datalist={root}/some.csv', f'--picklepath={root}/some.pkl')
+    assert (root / CSV).read_text() == KINETICS_ROWS + AVA_ROWS and len(load(root / PICKLE)) == 4
+
+
+def test_avas_own_folder_is_not_merged_into(root, tmp_path):
+    (root / 'annotations').rename(tmp_path / 'ava_annotations')
+    (root / 'annotations').symlink_to(tmp_path / 'ava_annotations')
+    before = snapshot(tmp_path)
+    assert "would change AVA's own files; remove the link" in errors(merge(root, code=1)) and snapshot(tmp_path) == before
 
 
 def test_link_errors_say_what_to_do(worlds, tmp_path):

@@ -1,7 +1,7 @@
 """Step 5: the csv that MMAction2 reads, from clip folders of any origin."""
 import pytest
 
-from helpers import annotation_rows, empty_frames, errors, read_csv, run, snapshot
+from helpers import annotation_rows, fake_frames, errors, read_csv, run, snapshot
 
 
 def prepare(world, *options, **kwargs):
@@ -18,8 +18,8 @@ def reasons(world):
 
 
 def test_rows_are_mmaction2s_in_the_order_of_the_annotations(world):
-    empty_frames(world / 'root/rawframes', '-b_b_b_b_b__000003_000007')
-    empty_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000100_000104')
+    fake_frames(world / 'root/rawframes', '-b_b_b_b_b__000003_000007')
+    fake_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000100_000104')
     annotate(world, '-b_b_b_b_b_,5.005000,0.12345,0.2,0.98765,1.0,12\n' + annotation_rows('aaaaaaaaaaa', 102.9, 2)
              + annotation_rows('aaaaaaaaaaa', 103, 0) + '-b_b_b_b_b_,5.005000,0,0.2,0.98765,1.0,80\n')
     done = prepare(world)
@@ -34,7 +34,7 @@ def test_rows_are_mmaction2s_in_the_order_of_the_annotations(world):
 
 def test_the_most_centred_whole_clip_is_taken(world):
     for clip in 'aaaaaaaaaaa_000100_000110', 'aaaaaaaaaaa_000103_000107', 'aaaaaaaaaaa_000105_000107':
-        empty_frames(world / 'root/rawframes', clip)
+        fake_frames(world / 'root/rawframes', clip)
     annotate(world, annotation_rows('aaaaaaaaaaa', 105) + annotation_rows('aaaaaaaaaaa', 101))
     prepare(world)
     assert [row[0] for row in read_csv(world / 'root/kinetics_train.csv')] == [
@@ -48,7 +48,7 @@ def test_the_most_centred_whole_clip_is_taken(world):
 
 def test_other_programs_frames_and_ava_links_do_no_harm(world):
     frames = world / 'root/rawframes'
-    empty_frames(frames, 'aaaaaaaaaaa_000103_000107')
+    fake_frames(frames, 'aaaaaaaaaaa_000103_000107')
     for name in 'img_00000.jpg', 'img_00121.jpg', 'flow_x_00001.jpg':
         (frames / 'aaaaaaaaaaa_000103_000107' / name).touch()
     (world / 'ava/-5KQ66BBWC4').mkdir(parents=True)
@@ -67,7 +67,7 @@ def test_other_programs_frames_and_ava_links_do_no_harm(world):
 
 @pytest.mark.parametrize('text', [b'\xef\xbb\xbf%s', b'%s\r\n\r\n', b'"aaaaaaaaaaa","105","0.1","0.2","0.5","0.9","12"\n%s'])
 def test_csv_as_spreadsheets_leave_it(world, text):
-    empty_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107')
+    fake_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107')
     annotate(world, text % b'aaaaaaaaaaa,105.0,0.1,0.2,0.5,0.9,12')
     prepare(world)
     assert {tuple(row) for row in read_csv(world / 'root/kinetics_train.csv')} == {
@@ -75,7 +75,7 @@ def test_csv_as_spreadsheets_leave_it(world, text):
 
 
 def test_malformed_lines_are_reported(world):
-    empty_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107')
+    fake_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107')
     annotate(world, annotation_rows('aaaaaaaaaaa', 105).encode() + b'aaaaaaaaaaa,\xff\xfe\n../../../etc,1,0,0,1,1,1\n'
              + b'x' * 1_000_000 + b'\n')
     assert '3 lines skipped' in prepare(world).stdout
@@ -85,7 +85,7 @@ def test_malformed_lines_are_reported(world):
 
 
 def test_second_run_changes_nothing(world):
-    empty_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107')
+    fake_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107')
     annotate(world, annotation_rows('aaaaaaaaaaa', 105, 3) + annotation_rows('aaaaaaaaaaa', 109))
     prepare(world)
     before = snapshot(world)
@@ -99,7 +99,7 @@ def test_errors_say_what_to_do(world):
     assert 'do Step 3' in errors(prepare(world, code=1))
     (world / 'root/rawframes').mkdir()
     assert 'holds no clip of the 1 videos' in errors(prepare(world, code=1))
-    empty_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107', 119)
+    fake_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107', 119)
     (world / 'root/kinetics_train.csv').write_text('of an earlier run\n')
     assert 'not one annotation has its frames' in errors(prepare(world, code=1))
     assert (world / 'root/kinetics_train.csv').read_text() == 'of an earlier run\n'
