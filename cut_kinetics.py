@@ -427,6 +427,7 @@ def run_all(function: Callable, items: list[tuple], args: argparse.Namespace) ->
         return
     try:
         from distributed import CancelledError, Client, KilledWorker, as_completed
+        from distributed.comm import CommClosedError
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
     logging.disable()  # Dask logs tracebacks of what is told below
@@ -446,7 +447,7 @@ def run_all(function: Callable, items: list[tuple], args: argparse.Namespace) ->
                 yield item, future.result(), None
             except KilledWorker:
                 yield item, None, 'given up: the workers of the cluster that had it were killed'
-            except CancelledError:
+            except (CancelledError, CommClosedError):
                 sys.exit(f'error: the Dask scheduler at {args.dask_scheduler} went away; the same command continues')
             for item in islice(waiting, 1):
                 future = client.submit(function, *item, pure=False)

@@ -47,6 +47,7 @@ CHECKPOINT = ('https://download.openmmlab.com/mmdetection/v2.0/cascade_rcnn/casc
               'cascade_rcnn_x101_64x4d_fpn_1x_coco_20200515_075702-43ce6a30.pth')
 FPS = 30
 PERSON = 0  # COCO's class
+LOW_RECALL = 0.6  # share of annotated boxes; AVA's own proposals reach 0.939
 CHUNK = 512  # frames that a cluster's worker gets at once
 FIRST_FRAMES = 8  # in which the check at the start looks for people
 MAX_WAITING = 256  # loaded frames that wait for others of their size: at most 0.8 GB, 3.2 MB each at 1333x800
@@ -554,6 +555,7 @@ def detect_on_cluster(frames: list[Frame], options: Options, address: str) -> It
     """Yield what `detect` does, from the workers of a Dask cluster; frames whose workers die again and again are skipped."""
     try:
         from distributed import CancelledError, Client, KilledWorker, as_completed
+        from distributed.comm import CommClosedError
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
     logging.disable()  # Dask logs tracebacks of what is told below
@@ -578,7 +580,7 @@ def detect_on_cluster(frames: list[Frame], options: Options, address: str) -> It
                 yield from ((frame.key, 'not detected: the workers of the cluster that had it were killed') for frame in chunk)
             except module.DetectorError as error:  # which is not this module's class where this one is __main__
                 raise DetectorError(str(error)) from None
-            except CancelledError:
+            except (CancelledError, CommClosedError):
                 sys.exit(f'error: the Dask scheduler at {address} went away; what is done is saved, the same command continues')
 
 
@@ -634,6 +636,47 @@ def write_report(path: Path, rows: list[tuple]) -> None:
     part = path.with_name(f'.{path.name}.part')
     pd.DataFrame(rows, columns=['video_id', 'timestamp', 'reason']).to_csv(part, index=False, errors='backslashreplace')
     os.replace(part, path)
+
+
+def best_overlaps(boxes, proposals: dict[str, np.ndarray]) -> np.ndarray:
+    """The IoU of every annotated box (columns clip, second, x1, y1, x2, y2) with the best proposal of its keyframe, or 0."""
+    best, corners = np.zeros(len(boxes)), boxes[['x1', 'y1', 'x2', 'y2']].to_numpy()
+    for (clip, second), rows in boxes.groupby(['clip', 'second']).indices.items():
+        found = proposals.get(f'{clip[:11]},{second:04d}')
+        if found is not None:
+            ours, theirs = corners[rows, None], found[None, :, :4]
+            sides = np.minimum(ours[..., 2:], theirs[..., 2:]) - np.maximum(ours[..., :2], theirs[..., :2])
+            both = sides.clip(0).prod(-1)
+            areas = (ours[..., 2:] - ours[..., :2]).prod(-1) + (theirs[..., 2:] - theirs[..., :2]).prod(-1)
+            best[rows] = (both / (areas - both)).max(axis=1)
+    return best
+
+
+def describe_recall(boxes, best: np.ndarray, proposals: dict[str, np.ndarray]) -> str:
+    """Which share of the annotated boxes the proposals meet, and how many there are of both."""
+    keyframes = boxes[['clip', 'second']].drop_duplicates().itertuples(index=False)
+    counts = [len(proposals.get(f'{clip[:11]},{second:04d}', ())) for clip, second in keyframes]
+    shares = f'{(best >= 0.5).mean():.1%} of {len(boxes)} annotated boxes at IoU 0.5, {(best >= 0.75).mean():.1%} at 0.75'
+    each = f'{len(boxes) / len(counts):.2f} boxes and {sum(counts) / len(counts):.2f} proposals a keyframe'
+    return f'proposals meet {shares}; {each}'
+
+
+def report_recall(path: Path, table, proposals: dict[str, np.ndarray]) -> None:
+    """Say which share of the annotated boxes the proposals meet, and list the keyframes where they miss some, worst first."""
+    boxes = table[['clip', 'second', 'x1', 'y1', 'x2', 'y2']].drop_duplicates(ignore_index=True)
+    best = best_overlaps(boxes, proposals)
+    keyframes = boxes.assign(met=best >= 0.5, iou=best).groupby(['clip', 'second'])
+    found = keyframes.agg(boxes=('met', 'size'), met=('met', 'sum'), worst_iou=('iou', 'min')).reset_index()
+    missed = found[found.met < found.boxes].sort_values(['worst_iou', 'clip', 'second'])
+    part = path.with_name(f'.{path.name}.part')
+    missed.to_csv(part, index=False, float_format='%.3f')
+    os.replace(part, path)
+    print(f'  recall: {describe_recall(boxes, best, proposals)}')
+    if (best >= 0.5).mean() < LOW_RECALL:
+        print('  that is far below the 90 % that a person detector reaches: is it the wrong checkpoint, is its class 0 not the '
+              'person, or are these frames of other videos?')
+    if len(missed):
+        print(f'  {len(missed)} keyframes with boxes that are missed, the worst first: {path}')
 
 
 def draw_preview(path: Path, root: Path, table, proposals: dict[str, np.ndarray]) -> None:
@@ -744,6 +787,7 @@ def fetch(args: argparse.Namespace) -> None:
     print(f'{sum(map(len, proposals.values()))} people on {len(proposals)} of {len(frames)} frames in {target}')
     done = len(left) - len(unreadable)
     print(f'  {done} frames detected now, {len(people) - done} before' if left else '  all were detected before; nothing to do')
+    report_recall(root / f'reports/recall_{args.split}.csv', table, proposals)
     bare = sum(f'{clip[:-14]},{second:04d}' not in proposals for clip, second in keyframes)
     print(f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes the whole frame there')
     for reason, count in Counter(row[2].split(':')[0] for row in rows).most_common():

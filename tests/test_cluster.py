@@ -221,7 +221,7 @@ def test_a_scheduler_that_goes_away_ends_the_run_with_a_line(job, tmp_path):
         process = started(command, job, tmp_path / 'root')
         os.killpg(scheduler.pid, signal.SIGKILL)
         _, err = process.communicate(timeout=120)
-    lines = [line for line in err.splitlines() if 'video/s' not in line and line]
+    lines = [line for line in err.splitlines() if 'clip/s' not in line and line]
     assert process.returncode == 1 and len(lines) == 1 and lines[0].startswith('error: the Dask scheduler'), err
     run(*steps(job, tmp_path / 'root')[0], cwd=job)
     assert snapshot(tmp_path / 'root/videos') == snapshot(job / 'root/videos')

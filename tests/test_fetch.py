@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -66,6 +67,52 @@ def test_the_drawn_people_are_found(fetched):
         found = proposals[f'scene-{scene:05d},0012'][:, :4]
         good += len(found) == len(people) and (overlap(people, found).max(1) > 0.7).all()
     assert good >= 67  # of 70, 95 %
+
+
+def brute_force_recall(rows: list[str], proposals: dict, least: float) -> tuple[int, int]:
+    """How many annotated boxes some proposal of their keyframe meets, and how many there are, pair by pair."""
+    boxes, met = {tuple(row.split(',')[:6]) for row in rows}, 0
+    for clip, second, *corners in boxes:
+        x1, y1, x2, y2 = map(float, corners)
+        for a1, b1, a2, b2, _ in proposals.get(f'{clip[:11]},{int(second):04d}', ()):
+            both = max(0, min(x2, a2) - max(x1, a1)) * max(0, min(y2, b2) - max(y1, b1))
+            if both / ((x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - both) >= least:
+                met += 1
+                break
+    return met, len(boxes)
+
+
+def test_recall_is_that_of_a_loop_over_pairs(fetched):
+    """On detections of the tiny detector, a third of which are moved until they meet their people no more, or less well."""
+    root, done = fetched
+    rows = (root / 'kinetics_train.csv').read_text().splitlines()
+    whole = load(root / 'kinetics_proposal.pkl')
+    moved = {key: boxes + [(0, 0.03, 0.5)[index // 3 % 3], 0, (0, 0.03, 0.5)[index // 3 % 3], 0, 0]
+             for index, (key, boxes) in enumerate(sorted(whole.items()))}
+    table, _ = fetch_proposal.read_datalist(root / 'kinetics_train.csv')
+    boxes = table[['clip', 'second', 'x1', 'y1', 'x2', 'y2']].drop_duplicates(ignore_index=True)
+    shares = set()
+    for proposals in whole, moved, {}:
+        best = fetch_proposal.best_overlaps(boxes, proposals)
+        for least in 0.5, 0.75:
+            assert ((best >= least).sum(), len(best)) == brute_force_recall(rows, proposals, least)
+            shares.add(round((best >= least).mean(), 2))
+    assert len(shares) >= 4
+    met, count = brute_force_recall(rows, whole, 0.5)
+    assert f'recall: proposals meet {met / count:.1%} of {count} annotated boxes at IoU 0.5' in done.stdout
+    listed = read_csv(root / 'reports/recall_train.csv')
+    assert listed[0] == ['clip', 'second', 'boxes', 'met', 'worst_iou']
+    assert count - met == sum(int(row[2]) - int(row[3]) for row in listed[1:]) and 'far below' not in done.stdout
+
+
+def test_a_recall_far_too_low_is_told(small, tmp_path):
+    """As it is where the frames are of other videos."""
+    root = tmp_path / 'root'
+    shutil.copytree(small, root)
+    rows = (root / 'kinetics_train.csv').read_text()
+    (root / 'kinetics_train.csv').write_text(re.sub(r',12,[^,]+,[^,]+,[^,]+,[^,]+,', ',12,0.01,0.01,0.05,0.05,', rows))
+    done = fetch(root)
+    assert 'proposals meet 0.0% of 8 annotated boxes' in done.stdout and 'far below the 90 %' in done.stdout
 
 
 @pytest.fixture(scope='module')
