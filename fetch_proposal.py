@@ -98,8 +98,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument('--neighbors', type=int, metavar='N', default=1,
                       help='seconds before and after each keyframe that get proposals too: 1 as in MMAction2, 0 for '
                       'all that its training reads, a third of the work (default: 1)')
-    data.add_argument('--preview', type=Path, metavar='FILE',
-                      help='also draw keyframes with annotated boxes and proposals into this picture')
     data.add_argument('--overwrite', action='store_true', help='detect again although the detections are there')
     detector = parser.add_argument_group('detector')
     detector.add_argument('--config', type=Path, metavar='PY', default=Path(__file__).with_name('X-101-64x4d-FPN.py'),
@@ -679,41 +677,6 @@ def report_recall(path: Path, table, proposals: dict[str, np.ndarray]) -> None:
         print(f'  {len(missed)} keyframes with boxes that are missed, the worst first: {path}')
 
 
-def draw_preview(path: Path, root: Path, table, proposals: dict[str, np.ndarray]) -> None:
-    """Draw up to 12 keyframes, evenly chosen: annotated boxes in green with their actions, proposals in orange."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-    label_file = root / 'annotations/ava_action_list_v2.2_for_activitynet_2019.pbtxt'
-    text = label_file.read_text(errors='replace') if label_file.is_file() else ''
-    actions = {int(number): name for name, number in re.findall(r'name: "(.*)"\s+(?:label_)?id: (\d+)', text)}
-    keyframes = table.groupby(['clip', 'second'])
-    chosen = [list(keyframes.groups)[index] for index in np.unique(np.linspace(0, len(keyframes) - 1, 12).astype(int))]
-    figure = Figure(figsize=(16, 3.4 * -(-len(chosen) // 4)), layout='constrained')
-    figure.suptitle('green: annotated boxes with their actions        orange: proposals with their scores', fontsize=11)
-    for number, (clip, second) in enumerate(chosen, 1):
-        axes = figure.add_subplot(-(-len(chosen) // 4), 4, number, frame_on=False, xticks=[], yticks=[])
-        axes.set_title(f'{clip} at {second} s', fontsize=8)
-        try:
-            image = read_frame(root, Frame('', clip, second))
-        except UnreadableFrame as error:
-            axes.text(0, 0.5, error, fontsize=7, wrap=True)
-            continue
-        axes.imshow(image[..., ::-1])
-        height, width = image.shape[:2]
-
-        def draw(box, label, colour, line_width, end):
-            x1, y1, x2, y2 = np.clip(box, 0, 1) * [width, height, width, height]
-            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=line_width))
-            axes.text(x1, y2 if end else y1, label, fontsize=6, color=colour, va='top' if end else 'bottom',
-                      bbox=dict(facecolor='black', alpha=0.6, linewidth=0, pad=0.5))
-        for *box, score in proposals.get(f'{clip[:-14]},{second:04d}', ()):
-            draw(box, f'{score:.2f}', 'orange', 2.5, True)
-        for box, rows in keyframes.get_group((clip, second)).groupby(['x1', 'y1', 'x2', 'y2']):
-            draw(box, '\n'.join(actions.get(action, str(action)) for action in rows.action), 'lime', 1, False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-
-
 def digest_of(path: Path) -> str:
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
@@ -794,9 +757,6 @@ def fetch(args: argparse.Namespace) -> None:
         print(f'  {count} left out: {reason}')
     if rows:
         print(f'  report: {report}')
-    if args.preview:
-        draw_preview(args.preview, root, table, proposals)
-        print(f'  preview: {args.preview}')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -810,8 +770,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 or set --avakinetics_root')
     if not args.config.is_file():
         sys.exit(f'error: {args.config} not found; set --config to an mmdetection config')
-    if args.preview and args.preview.suffix not in ('.jpg', '.png', '.pdf', '.svg'):
-        sys.exit(f'error: {args.preview} is no picture name; let --preview end in .jpg, .png, .pdf or .svg')
     try:
         fetch(args)
     except DetectorError as error:

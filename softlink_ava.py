@@ -4,11 +4,15 @@
 Makes ROOT/rawframes/<ava video id> an absolute symbolic link to AVA_ROOT/rawframes/<ava video id>. Right links are
 kept, broken and wrong ones are mended, a real folder of that name is left alone. Then all that training reads is looked up:
 the files in ROOT/annotations, and every frame of each annotated clip, or its video where there are no raw frames of Kinetics.
-What is missing is in ROOT/reports/softlink_ava.csv.
+What is missing is in ROOT/reports/softlink_ava.csv. ROOT/report.html shows the whole: numbers, plots, keyframes.
 
     python3 softlink_ava.py --avakinetics_root=$MMACTION2/data/ava_kinetics --ava_root=$MMACTION2/data/ava
 """
 import argparse
+import base64
+import csv
+import html
+import io
 import os
 import pickle
 import re
@@ -18,6 +22,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
@@ -27,6 +32,28 @@ NAME = re.compile(r'[A-Za-z0-9_-]{11}(_[0-9]{6}_[0-9]{6})?')
 NEEDED = ['ava_action_list_v2.2_for_activitynet_2019.pbtxt', 'ava_train_excluded_timestamps_v2.2.csv',
           'ava_dense_proposals_train.FAIR.recall_93.9.pkl', 'ava_val_v2.2.csv', 'ava_val_excluded_timestamps_v2.2.csv',
           'ava_dense_proposals_val.FAIR.recall_93.9.pkl']
+# What a pickle of arrays names, in NumPy 1 and 2 and in protocols 2 to 5
+ARRAY_PARTS = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode'),
+               *((f'numpy.{core}.{module}', name) for core in ('core', '_core')
+                 for module, name in (('multiarray', '_reconstruct'), ('numeric', '_frombuffer')))}
+BOX = ['x1', 'y1', 'x2', 'y2']
+PARTS = ['AVA', 'Kinetics', 'both']
+SHOWN = 30  # keyframes on the page, a third of them those that the proposals miss most
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>AVA-Kinetics</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 75rem; margin: 0 auto; padding: 1rem }}
+h1, h2 {{ line-height: 1.2 }} img {{ width: 100%; height: auto; display: block }} figure {{ margin: 0 }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem }}
+.wide {{ overflow-x: auto }} table {{ border-collapse: collapse }} td, th {{ padding: .2rem .8rem .2rem 0; text-align: left }}
+tr {{ border-bottom: 1px solid #ddd }} figcaption {{ font-size: .85rem; overflow-wrap: anywhere }}
+</style></head><body>
+<h1>AVA-Kinetics, training part</h1>{numbers}
+<h2>What came in</h2>{came}<h2>What was left out</h2>{reasons}
+<h2>What it is like</h2><div class="grid">{plots}</div>
+<p>Below: annotated boxes with their actions in green, proposals with their scores in orange.</p>{sheet}
+</body></html>
+"""
 AVA_START_S = 900  # AVA's frames begin at minute 15 of the movie
 CLIP_NAME = re.compile(r'[A-Za-z0-9_-]{11}_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})')
 
@@ -117,29 +144,21 @@ def missing_files(root: Path, kinetics: bool) -> list[tuple]:
                    if not (root / 'annotations' / name).is_file()]
 
 
-class Ignored:
-    """Stands in for whatever a pickle names."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-class KeyReader(pickle.Unpickler):
-    """Reads the keys of a pickle without making objects of what it names: a pickle could run code."""
+class Unpickler(pickle.Unpickler):
+    """Reads arrays and builtins only: a pickle could run code."""
 
     def find_class(self, module, name):
-        return Ignored
+        if (module, name) not in ARRAY_PARTS:
+            raise pickle.UnpicklingError(f'it names {module}.{name}')
+        return super().find_class(module, name)
 
 
-def count_proposals(path: Path) -> int | None:
-    """How many frames a merged pickle has proposals for, if it can be read."""
+def read_proposals(path: Path) -> dict | None:
+    """The merged proposals, key '<video_id>,<second:04d>' -> (n, 5), if they can be read."""
     try:
         with open(path, 'rb') as file:
-            return len(KeyReader(file).load())
-    except Exception:  # damaged bytes may make pickle raise anything
+            return dict(Unpickler(file).load())
+    except Exception:  # damaged bytes may make pickle and NumPy raise anything
         return None
 
 
@@ -157,6 +176,180 @@ def link_all(videos: list[str], ava: Path, root: Path) -> None:
           + ', '.join(f'{len(names)} {words[outcome]}' for outcome, names in sorted(outcomes.items())))
 
 
+def best_overlaps(boxes, proposals: dict[str, np.ndarray]) -> np.ndarray:
+    """The IoU of every annotated box (columns clip, second, x1, y1, x2, y2) with the best proposal of its keyframe, or 0."""
+    best, corners = np.zeros(len(boxes)), boxes[['x1', 'y1', 'x2', 'y2']].to_numpy()
+    for (clip, second), rows in boxes.groupby(['clip', 'second']).indices.items():
+        found = proposals.get(f'{clip[:11]},{second:04d}')
+        if found is not None:
+            ours, theirs = corners[rows, None], found[None, :, :4]
+            sides = np.minimum(ours[..., 2:], theirs[..., 2:]) - np.maximum(ours[..., :2], theirs[..., :2])
+            both = sides.clip(0).prod(-1)
+            areas = (ours[..., 2:] - ours[..., :2]).prod(-1) + (theirs[..., 2:] - theirs[..., :2]).prod(-1)
+            best[rows] = (both / (areas - both)).max(axis=1)
+    return best
+
+
+def read_keyframe(root: Path, name: str, second: int):
+    """The picture of a keyframe as RGB uint8 (H, W, 3), from the raw frames or the video; None where it cannot be read."""
+    import cv2
+    index = (second - (int(name[12:18]) if CLIP_NAME.fullmatch(name) else AVA_START_S)) * FPS
+    image = cv2.imread(str(root / f'rawframes/{name}/img_{index + 1:05d}.jpg'))
+    if image is None and (root / f'videos/{name}.mp4').is_file():
+        video = cv2.VideoCapture(str(root / f'videos/{name}.mp4'))
+        video.set(cv2.CAP_PROP_POS_FRAMES, index)
+        image = video.read()[1]
+    return None if image is None else image[..., ::-1]
+
+
+def data_url(figure, kind: str) -> str:
+    """A matplotlib figure as the address of a picture that holds it, the same for the same figure."""
+    import matplotlib
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({'svg.hashsalt': 'page', 'savefig.dpi': 100}):
+        figure.savefig(buffer, format=kind, **(dict(metadata={'Date': None}) if kind == 'svg' else {}))
+    media = dict(svg='svg+xml', jpg='jpeg')[kind]
+    return f'data:image/{media};base64,{base64.b64encode(buffer.getvalue()).decode()}'
+
+
+def draw_keyframe(image, rows, found, actions: dict[int, str]) -> str:
+    """A keyframe with the annotated boxes and their actions in green and the proposals in orange, as a picture's address."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    height, width = image.shape[:2]
+    figure = Figure(figsize=(4.8, 4.8 * height / width))
+    axes = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[], yticks=[])
+    axes.imshow(image, aspect='auto')
+
+    def draw(box, label, colour, line_width, below):
+        x1, y1, x2, y2 = np.clip(box, 0, 1) * [width, height, width, height]
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=line_width))
+        axes.text(x1, y2 if below else y1, label, fontsize=7, color=colour, va='bottom' if below else 'top', clip_on=True,
+                  bbox=dict(facecolor='black', alpha=0.6, linewidth=0, pad=0.5))
+
+    for box in found:
+        draw(box[:4], f'{box[4]:.2f}' if len(box) > 4 else '', 'orange', 2.5, True)
+    for box, people in rows.groupby(BOX):
+        draw(box, '\n'.join(actions.get(action, str(action)) for action in people.action), 'lime', 1, False)
+    return data_url(figure, 'jpg')
+
+
+def draw_bars(title: str, series: dict[str, dict], across: bool = False) -> str:
+    """Bars of one or more series {name: {label: value}}, as a picture's address."""
+    from matplotlib.figure import Figure
+    labels = list(dict.fromkeys(label for values in series.values() for label in values))
+    figure = Figure(figsize=(5, 0.6 + 0.19 * len(labels)) if across else (5, 2.8), layout='constrained')
+    axes = figure.add_subplot()
+    places, share = np.arange(len(labels)), 0.8 / max(1, len(series))
+    for index, (name, values) in enumerate(series.items()):
+        (axes.barh if across else axes.bar)(places + share * (index + 0.5) - 0.4, [values.get(label, 0) for label in labels],
+                                            share, label=name)
+    (axes.set_yticks if across else axes.set_xticks)(places, labels, fontsize=8, rotation=0 if across else 30)
+    if across:
+        axes.invert_yaxis()
+        axes.set_xscale('symlog')
+    axes.set_title(title, fontsize=10)
+    if len(series) > 1:
+        figure.legend(loc='outside lower center', ncols=len(series), fontsize=8)
+    return data_url(figure, 'svg')
+
+
+def shares(values, edges: list) -> dict[str, float]:
+    """Which share of the values lies below each edge and not below the one before."""
+    counts, _ = np.histogram(values, [-np.inf, *edges, np.inf])
+    names = [f'below {edges[0]:g}', *(f'{a:g} to {b:g}' for a, b in zip(edges, edges[1:])), f'{edges[-1]:g} or more']
+    return dict(zip(names, counts / max(1, counts.sum())))
+
+
+def write_page(root: Path, annotations: Path, proposals: dict) -> None:
+    """Write ROOT/report.html: what came in, what was left out, what the data set is like, and keyframes to look at."""
+    import pandas as pd
+    names = ['clip', 'second', *BOX, 'action']
+    table = pd.read_csv(annotations, header=None, names=names, usecols=range(7), dtype=str, on_bad_lines='skip',
+                        encoding_errors='replace', quoting=csv.QUOTE_NONE)
+    table[names[1:]] = table[names[1:]].apply(pd.to_numeric, errors='coerce')
+    table = table.dropna().astype({'second': int, 'action': int})
+    table = table[table['clip'].str.fullmatch(NAME.pattern)]
+    labels = root / 'annotations' / NEEDED[0]
+    text = labels.read_text(errors='replace') if labels.is_file() else ''
+    actions = {int(number): name for name, number in re.findall(r'name: "(.*)"\s+(?:label_)?id: (\d+)', text)}
+    boxes = table.drop_duplicates(['clip', 'second', *BOX], ignore_index=True)
+    boxes['best'] = best_overlaps(boxes, proposals)
+    keyframes = boxes.groupby(['clip', 'second']).best.agg(boxes='size', worst='min').reset_index()
+    keyframes['proposals'] = [len(proposals.get(f'{clip[:11]},{second:04d}', ()))
+                              for clip, second in zip(keyframes['clip'], keyframes.second)]
+
+    def of_part(rows, part: str):
+        return rows if part == 'both' else rows[(rows['clip'].str.len() > 11) == (part == 'Kinetics')]
+
+    numbers = {}
+    for part in PARTS:
+        ours, frames, rows = (of_part(which, part) for which in (boxes, keyframes, table))
+        count = max(1, len(frames))
+        numbers[part] = {
+            'clips or movies': f'{frames["clip"].nunique():,}', 'keyframes': f'{len(frames):,}', 'boxes': f'{len(ours):,}',
+            'annotations': f'{len(rows):,}', 'boxes a keyframe': f'{len(ours) / count:.2f}',
+            'proposals a keyframe': f'{frames.proposals.sum() / count:.2f}',
+            'keyframes without a proposal': f'{(frames.proposals == 0).sum():,}',
+            'recall at IoU 0.5': f'{(ours.best >= 0.5).sum() / max(1, len(ours)):.1%}',
+            'recall at IoU 0.75': f'{(ours.best >= 0.75).sum() / max(1, len(ours)):.1%}'}
+    frequencies = {part: {f'{actions.get(number, "")} {number}'.strip(): count for number, count in
+                          of_part(table, part).action.value_counts().items()} for part in PARTS}
+    heights = {part: shares(of_part(boxes, part).eval('y2 - y1'), [0.2, 0.4, 0.6, 0.8]) for part in PARTS}
+    people = {part: shares(of_part(keyframes, part).boxes, [2, 3, 4, 5]) for part in PARTS}
+    clips = sorted(set(of_part(keyframes, 'Kinetics')['clip']))
+    lengths = Counter(int(clip[-6:]) - int(clip[-13:-7]) for clip in clips)
+    images = [read_keyframe(root, clip, int(clip[12:18])) for clip in clips[::max(1, len(clips) // 200)]]
+    sizes = Counter(f'{image.shape[1]}x{image.shape[0]}' for image in images if image is not None)
+    plots = [draw_bars('Height of the boxes, of the frame: share of the boxes', heights),
+             draw_bars('People on a keyframe: share of the keyframes', people),
+             draw_bars('Length of the Kinetics clips, s', {'clips': dict(sorted(lengths.items()))}),
+             draw_bars(f'Size of the Kinetics clips, of {len(images)} of them', {'clips': dict(sizes.most_common(8))}),
+             draw_bars('Annotations by action', frequencies, across=True)]
+
+    reasons = []
+    for report in sorted((root / 'reports').glob('*.csv')):
+        rows = pd.read_csv(report, dtype=str, encoding_errors='replace')
+        if 'reason' in rows:
+            reasons += [(report.stem, reason, f'{count:,}') for reason, count in
+                        Counter(str(reason).split(':')[0] for reason in rows.reason).most_common()]
+    came = [('clips in videos/', f'{sum(name.endswith(".mp4") for name in listed(root / "videos")):,}'),
+            ('clips with raw frames', f'{sum(bool(CLIP_NAME.fullmatch(name)) for name in listed(root / "rawframes")):,}'),
+            ('frames with proposals', f'{len(proposals):,}')]
+
+    worst = keyframes[keyframes.worst < 0.5].nsmallest(SHOWN // 3, 'worst')
+    places = np.unique(np.linspace(0, len(keyframes) - 1, SHOWN - len(worst)).astype(int)) if len(keyframes) else []
+    sheet = ''
+    for title, chosen in ('Boxes that no proposal meets', worst), ('Keyframes, evenly chosen', keyframes.iloc[places]):
+        sheet += f'<h2>{title}</h2><div class="grid">' + ('' if len(chosen) else '<p>None.</p>')
+        for clip, second in zip(chosen['clip'], chosen.second):
+            image = read_keyframe(root, clip, second)
+            rows = table[(table['clip'] == clip) & (table.second == second)]
+            found = proposals.get(f'{clip[:11]},{second:04d}', ())
+            picture = ('<p>This keyframe cannot be read.</p>' if image is None else
+                       f'<img alt="" src="{draw_keyframe(image, rows, found, actions)}">')
+            sheet += f'<figure>{picture}<figcaption>{html.escape(clip)}, second {second}</figcaption></figure>'
+        sheet += '</div>'
+
+    def to_table(head: list, rows: list) -> str:
+        return '<div class="wide"><table><tr>{}</tr>{}</table></div>'.format(
+            ''.join(f'<th>{cell}</th>' for cell in head),
+            ''.join('<tr>{}</tr>'.format(''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)) for row in rows))
+
+    page = root / 'report.html'
+    part = page.with_name(f'.{page.name}.part')
+    part.write_text(PAGE.format(
+        numbers=to_table(['', *PARTS], [(name, *(numbers[part][name] for part in PARTS)) for name in numbers['both']]),
+        came=to_table(['what', 'count'], came), reasons=to_table(['step', 'left out because', 'count'], reasons),
+        plots=''.join(f'<figure><img alt="" src="{plot}"></figure>' for plot in plots), sheet=sheet), errors='replace')
+    os.replace(part, page)
+    print(f'  a page to look at: {page}')
+
+
+def listed(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
 def check(root: Path) -> None:
     """Look up every annotated clip and AVA video, write the report, say whether the data set is complete."""
     import pandas as pd
@@ -167,7 +360,7 @@ def check(root: Path) -> None:
     clips = {name for name in annotated if CLIP_NAME.fullmatch(name)}
     raw = any((root / 'rawframes' / clip).is_dir() for clip in clips)  # else training reads the clips themselves
     rows += missing_files(root, bool(clips))
-    proposals = count_proposals(root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl')
+    proposals = read_proposals(root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl')
     if proposals is None:
         rows.append(('ava_dense_proposals_train.FAIR.recall_93.9.pkl', 'unreadable: do Step 7 (merge_annotations.py)'))
 
@@ -187,7 +380,8 @@ def check(root: Path) -> None:
     pd.DataFrame(sorted(rows), columns=['clip', 'reason']).to_csv(part, index=False, errors='backslashreplace')
     os.replace(part, report)
     print(f'AVA-Kinetics in {root}: {len(clips)} Kinetics clips and {len(annotated) - len(clips)} AVA videos annotated, '
-          f'{total} rows, {proposals or "no readable"} frames with proposals')
+          f'{total} rows, {"no readable" if proposals is None else len(proposals)} frames with proposals')
+    write_page(root, annotations, proposals or {})
     for reason, count in Counter(row[1].split(':')[0] for row in rows).most_common():
         print(f'  {count} not complete: {reason}, such as {next(row[0] for row in rows if row[1].startswith(reason))}')
     if rows:

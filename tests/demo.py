@@ -73,7 +73,7 @@ def main() -> None:
     show_tree(root)
     print('\nThe broken video, the missing one and the one without people are part of the sample:')
     print('  ' + (root / 'reports/cut_kinetics_train.csv').read_text().replace('\n', '\n  ').rstrip())
-    print(f'\nThe keyframes with their annotated boxes and proposals: {root / "preview.jpg"}')
+    print(f'\nA page to look at, with numbers, plots and keyframes: {root / "report.html"}')
 
 
 if __name__ == '__main__':

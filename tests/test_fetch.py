@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -30,7 +29,7 @@ def fetch(root, *options, **kwargs):
 @pytest.fixture(scope='module')
 def fetched(tmp_path_factory):
     root = write_root(tmp_path_factory.mktemp('fetched'), range(70))
-    return root, fetch(root, f'--preview={root}/preview.png')
+    return root, fetch(root)
 
 
 @pytest.fixture(scope='module')
@@ -134,20 +133,6 @@ def test_boxes_are_those_of_inference_detector(fetched, tiny):
                               result.scores[chosen, None]])
         found = proposals[f'scene-{scene:05d},00{10 + second}']
         assert_same_people(found, expected)
-
-
-def test_preview_shows_annotations_and_proposals(fetched, tmp_path):
-    sheet = cv2.imread(str(fetched[0] / 'preview.png')).astype(int)
-    assert sheet.shape == (1020, 1600, 3)
-    lime = (abs(sheet - [0, 255, 0]).sum(-1) < 90).sum()
-    orange = (abs(sheet - [0, 165, 255]).sum(-1) < 90).sum()
-    assert lime > 1000 and orange > 1000
-    (fetched[0] / 'annotations').mkdir()
-    (fetched[0] / 'annotations/ava_action_list_v2.2_for_activitynet_2019.pbtxt').write_text(
-        'item {\n  name: "stand"\n  id: 12\n}\nitem {\n  name: "talk to (e.g., self)"\n  id: 79\n}\n')
-    fetch(fetched[0], f'--preview={tmp_path}/preview.svg')  # in which matplotlib notes what it writes
-    text = (tmp_path / 'preview.svg').read_text()
-    assert '<!-- stand -->' in text and '<!-- scene-00000_000010_000014 at 12 s -->' in text and '<!-- 12 -->' not in text
 
 
 def test_second_run_changes_nothing(small, tmp_path):
@@ -338,7 +323,6 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
     assert 'set --config' in refusal('--config=none.py')
     (tmp_path / 'broken.py').write_text('model = dict(')
     assert 'is no mmdetection config' in refusal(f'--config={tmp_path}/broken.py')
-    assert '--preview end in' in refusal('--preview=sheet.doc')
     assert 'set --checkpoint' in refusal('--checkpoint=none.pth')
     assert 'cannot be downloaded' in refusal('--checkpoint=http://127.0.0.1:9/x.pth')
     for content in b'', b'no checkpoint', pickle.dumps(Evil()):

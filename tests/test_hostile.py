@@ -574,7 +574,7 @@ def fetched(tmp_path_factory):
             frame.write_bytes(content)
     with open(root / 'kinetics_train.csv', 'ab') as file:
         file.write('\n'.join(ROWS).encode() + b'\n\xff\xfe\n')
-    run('fetch_proposal.py', f'--avakinetics_root={root}', *TINY, '--neighbors=0', f'--preview={root}/preview.png')
+    run('fetch_proposal.py', f'--avakinetics_root={root}', *TINY, '--neighbors=0')
     return root, {row[0]: row[2] for row in read_csv(root / 'reports/fetch_proposal_train.csv')[1:]}
 
 

@@ -5,7 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import cv2
 import mmaction
 import numpy as np
 import pytest
@@ -36,7 +35,7 @@ def worlds(tmp_path_factory):
     place = dict(cwd=mmaction2 / 'tools/data/ava_kinetics', env={**os.environ, 'MMACTION2': str(mmaction2)})
     run('cut_kinetics.py', **place)
     run('prepare_annotation.py', **place)
-    run('fetch_proposal.py', *TINY, f'--preview={mmaction2}/preview.png', **place)
+    run('fetch_proposal.py', *TINY, **place)
     shutil.copytree(mmaction2 / 'data/ava/annotations', mmaction2 / 'data/ava_kinetics/annotations')
     run('merge_annotations.py', **place)
     done = run('softlink_ava.py', **place)
@@ -53,7 +52,6 @@ def test_same_rows_and_same_proposals_as_from_frames(worlds):
     assert ours.keys() == theirs.keys()
     for key, boxes in ours.items():
         assert len(boxes) == len(theirs[key]) and (overlap(boxes[:, :4], theirs[key][:, :4]).max(1) > 0.95).all()
-    assert (cv2.imread(str(worlds / 'preview.png')) != 30).mean() > 0.5
 
 
 def readme_config(heading: str, number: int, folder: Path) -> Config:

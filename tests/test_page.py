@@ -1,0 +1,71 @@
+"""ROOT/report.html: what it says, and that a browser shows all of it at the width of a screen and of a phone."""
+import base64
+import json
+import re
+import shutil
+import subprocess
+
+import cv2
+import numpy as np
+import pytest
+
+import demo
+import sample_world
+from helpers import load, read_csv
+
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+# put into a copy of the page: what the browser has to say of it goes into the title
+PROBE = """<script>addEventListener('load', () => {
+  const images = [...document.images], root = document.documentElement;
+  document.title = JSON.stringify({images: images.length, broken: images.filter(image => !image.naturalWidth).length,
+    wider: root.scrollWidth - root.clientWidth, narrowest: Math.min(...images.map(image => image.clientWidth)),
+    outside: performance.getEntriesByType('resource').filter(entry => !entry.name.startsWith('data:')).length})
+})</script>"""
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    mmaction2 = tmp_path_factory.mktemp('mmaction2')
+    sample_world.draw_world(mmaction2)
+    demo.run_readme(mmaction2, show=False)
+    return mmaction2 / 'data/ava_kinetics'
+
+
+def test_numbers_are_those_of_the_files(root):
+    page = (root / 'report.html').read_text()
+    rows = read_csv(root / 'annotations/ava_train_v2.2.csv')
+    kinetics = [row for row in rows if len(row[0]) > 11]
+    boxes = {tuple(row[:6]) for row in rows}
+    lines = [re.findall(r'<td>(.*?)</td>', line) for line in re.findall(r'<tr>.*?</tr>', page)]
+    cells = {line[0]: line[1:] for line in lines if line}
+    proposals = load(root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl')
+    assert cells['annotations'] == [str(len(rows) - len(kinetics)), str(len(kinetics)), str(len(rows))]
+    assert cells['boxes'][2] == str(len(boxes)) and cells['clips or movies'] == ['2', '10', '12']
+    assert cells['frames with proposals'] == [str(len(proposals))]
+    assert ['cut_kinetics_train', 'file missing', '1'] in lines
+    assert 'http' not in page.replace('http://www.w3.org', '')  # nothing from elsewhere
+
+
+def test_keyframes_show_annotations_and_proposals(root):
+    page = (root / 'report.html').read_text()
+    pictures = re.findall(r'data:image/jpeg;base64,([^"]+)', page)
+    assert len(pictures) == 17  # all keyframes of the small sample
+    for picture in pictures:
+        image = cv2.imdecode(np.frombuffer(base64.b64decode(picture), np.uint8), cv2.IMREAD_COLOR).astype(int)
+        assert image.shape[1] == 480
+        assert (abs(image - [0, 165, 255]).sum(-1) < 120).sum() > 100  # orange
+    plots = [base64.b64decode(plot).decode() for plot in re.findall(r'data:image/svg[+]xml;base64,([^"]+)', page)]
+    assert len(plots) == 5 and 'talk to (e.g., self, a person, a group) 79' in ''.join(plots)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason='needs Chromium')
+@pytest.mark.parametrize('width', [1280, 400])
+def test_a_browser_shows_all_of_it(root, tmp_path, width):
+    (tmp_path / 'page.html').write_text((root / 'report.html').read_text().replace('</head>', PROBE + '</head>'))
+    done = subprocess.run(
+        [CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', f'--window-size={width},900', '--enable-logging=stderr',
+         f'--user-data-dir={tmp_path}/profile', '--virtual-time-budget=5000', '--dump-dom', f'file://{tmp_path}/page.html'],
+        capture_output=True, text=True, timeout=120)
+    seen = json.loads(re.search(r'<title>(.*?)</title>', done.stdout)[1])
+    assert seen['images'] == 22 and not seen['broken'] and seen['wider'] <= 0 and not seen['outside']
+    assert seen['narrowest'] >= 300 and 'CONSOLE' not in done.stderr
