@@ -49,9 +49,11 @@ MAX_REPEAT = 22  # frames: a source that ends up to 0.75 s early has its last fr
 MAX_OFF_S = 0.75  # how far a frame's source time may be from its due time where pictures are missing
 MAX_LEAD_S = 0.2  # codec delays put the first picture up to 0.1 s behind the sound; beyond, pictures are missing
 # More SSIM than x264's defaults (medium, crf 23) at a third of the time and below 1.8 times the size. One B-frame and no
-# look-ahead are faster than superfast itself; without CABAC (9 % of size), Step 4 and training decode a quarter faster
-ENCODER = ['-c:v', 'libx264', '-preset', 'superfast', '-crf', '21.4', '-bf', '1', '-b_strategy', '0', '-weightp', '0',
-           '-coder', 'vlc', '-threads', '1', '-pix_fmt', 'yuv420p']
+# look-ahead are faster than superfast itself; without CABAC (9 % of size), Step 4 and training decode a quarter faster.
+# Large pictures need fewer bits a pixel, and CABAC to stay below 1.8 times the size
+ENCODER = ['-c:v', 'libx264', '-preset', 'superfast', '-bf', '1', '-b_strategy', '0', '-weightp', '0', '-threads', '1',
+           '-pix_fmt', 'yuv420p']
+QUALITY, LARGE_QUALITY, LARGE = ['-crf', '21.4', '-coder', 'vlc'], ['-crf', '22.8'], 480  # pixels of the short side
 COLOURS = 'scale=out_range=limited:out_color_matrix=bt601'  # as decoders and JPEG take them; most sources have them
 CLIP_FORMAT = 2  # higher for each change of this script that makes other clips
 # Only real containers: ffmpeg would also read a playlist under a video's name, and with it any other file
@@ -200,6 +202,15 @@ def plan_clips(keyframes, sources):
     return covered, name_clips(covered, sources)
 
 
+def is_large(video: Path) -> bool:
+    import av
+    try:
+        with open(video, 'rb') as file, av.open(file) as source:
+            return min(source.streams.video[0].width, source.streams.video[0].height) > LARGE
+    except (av.FFmpegError, OSError, IndexError, ValueError):  # ffmpeg says what is wrong with it
+        return False
+
+
 def cut_command(ffmpeg: str, video: Path, offset: int, seconds: int, short_side: int | None, target: Path) -> list[str]:
     """ffmpeg's arguments to cut `seconds` from source time `offset` (both in s), each frame the nearest of the source.
 
@@ -219,9 +230,10 @@ def cut_command(ffmpeg: str, video: Path, offset: int, seconds: int, short_side:
         factor = f'min(1,{short_side}/min(iw,ih))'
         filters += f"scale='2*round(iw/2*{factor})':'2*round(ih/2*{factor})',"
     level = 'level+debug' if video.suffix in STREAMS else 'level+warning'
+    quality = LARGE_QUALITY if (short_side or LARGE + 1) > LARGE and is_large(video) else QUALITY
     return [ffmpeg, '-nostdin', '-v', level, '-protocol_whitelist', 'file', '-format_whitelist', FORMATS,
             '-max_pixels', str(MAX_PIXELS), '-threads', '1', '-reinit_filter', '0', '-i', f'file:{video}', '-map', '0:V:0',
-            '-vf', filters + COLOURS, '-frames:v', str(seconds * FPS), *ENCODER,
+            '-vf', filters + COLOURS, '-frames:v', str(seconds * FPS), *ENCODER, *quality,
             '-map_metadata', '-1', '-map_chapters', '-1', '-f', 'mp4', '-y', str(target)]
 
 
@@ -234,7 +246,7 @@ def find_damage(video: Path, start: int, end: int, words: str) -> str | None:
     fault, seen = None, False
     av.logging.set_level(av.logging.ERROR)
     try:
-        with open(video, 'rb') as file, av.open(file, metadata_errors='replace') as source, av.logging.Capture() as log:
+        with open(video, 'rb') as file, av.open(file) as source, av.logging.Capture() as log:
             stream = source.streams.video[0]
             stream.thread_type = 'NONE'
             for packet in source.demux(stream):
@@ -250,7 +262,7 @@ def find_damage(video: Path, start: int, end: int, words: str) -> str | None:
                     wrong = True
                 if wrong and fault is None:
                     fault, seen = dts, True
-    except (av.FFmpegError, IndexError):  # what is there cannot even be told apart: streams that come and go
+    except (av.FFmpegError, IndexError, ValueError):  # not even headers make sense: streams that come and go, names in no code
         return f'damaged video: {words}'
     finally:
         av.logging.set_level(None)
@@ -472,7 +484,7 @@ def note_options(args: argparse.Namespace) -> float:
     note.parent.mkdir(exist_ok=True)
     version = subprocess.run([args.ffmpeg, '-version'], capture_output=True, text=True, errors='replace').stdout.split(' ', 3)
     options = dict(short_side=args.short_side or 'none', ffmpeg=version[2] if len(version) > 3 else 'unknown',
-                   encoder=' '.join([*ENCODER, COLOURS]), format=CLIP_FORMAT)
+                   encoder=' '.join([*ENCODER, *QUALITY, *LARGE_QUALITY, str(LARGE), COLOURS]), format=CLIP_FORMAT)
     try:
         noted = json.loads(note.read_text())
     except (FileNotFoundError, ValueError):

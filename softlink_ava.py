@@ -282,6 +282,8 @@ def write_page(root: Path, annotations: Path, proposals: dict) -> None:
     def of_part(rows, part: str):
         return rows if part == 'both' else rows[(rows['clip'].str.len() > 11) == (part == 'Kinetics')]
 
+    boxes['height'] = boxes.y2 - boxes.y1
+
     numbers = {}
     for part in PARTS:
         ours, frames, rows = (of_part(which, part) for which in (boxes, keyframes, table))
@@ -295,7 +297,7 @@ def write_page(root: Path, annotations: Path, proposals: dict) -> None:
             'recall at IoU 0.75': f'{(ours.best >= 0.75).sum() / max(1, len(ours)):.1%}'}
     frequencies = {part: {f'{actions.get(number, "")} {number}'.strip(): count for number, count in
                           of_part(table, part).action.value_counts().items()} for part in PARTS}
-    heights = {part: shares(of_part(boxes, part).eval('y2 - y1'), [0.2, 0.4, 0.6, 0.8]) for part in PARTS}
+    heights = {part: shares(of_part(boxes, part).height, [0.2, 0.4, 0.6, 0.8]) for part in PARTS}
     people = {part: shares(of_part(keyframes, part).boxes, [2, 3, 4, 5]) for part in PARTS}
     clips = sorted(set(of_part(keyframes, 'Kinetics')['clip']))
     lengths = Counter(int(clip[-6:]) - int(clip[-13:-7]) for clip in clips)
