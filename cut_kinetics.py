@@ -50,10 +50,10 @@ MAX_OFF_S = 0.75  # how far a frame's source time may be from its due time where
 MAX_LEAD_S = 0.2  # codec delays put the first picture up to 0.1 s behind the sound; beyond, pictures are missing
 # More SSIM than x264's defaults (medium, crf 23) at a third of the time and below 1.8 times the size. One B-frame and no
 # look-ahead are faster than superfast itself; without CABAC (9 % of size), Step 4 and training decode a quarter faster.
-# Large pictures need fewer bits a pixel, and CABAC to stay below 1.8 times the size
+# Large pictures need CABAC to stay below 1.8 times the size
 ENCODER = ['-c:v', 'libx264', '-preset', 'superfast', '-bf', '1', '-b_strategy', '0', '-weightp', '0', '-threads', '1',
            '-pix_fmt', 'yuv420p']
-QUALITY, LARGE_QUALITY, LARGE = ['-crf', '21.4', '-coder', 'vlc'], ['-crf', '22.8'], 480  # pixels of the short side
+QUALITY, LARGE_QUALITY, LARGE = ['-crf', '21.4', '-coder', 'vlc'], ['-crf', '21.6'], 480  # pixels of the short side
 COLOURS = 'scale=out_range=limited:out_color_matrix=bt601'  # as decoders and JPEG take them; most sources have them
 CLIP_FORMAT = 2  # higher for each change of this script that makes other clips
 # Only real containers: ffmpeg would also read a playlist under a video's name, and with it any other file

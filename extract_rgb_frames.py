@@ -9,6 +9,7 @@ under its name only when it is whole. Clips that could not be used are in ROOT/r
 """
 import argparse
 import contextlib
+import csv
 import ctypes
 import fcntl
 import logging
@@ -196,12 +197,12 @@ def run_all(function: Callable, items: list[tuple], args: argparse.Namespace) ->
 
 def extract(args: argparse.Namespace, root: Path, files: list[str], clips: list[str]) -> None:
     """Extract the clips that are not complete yet, write the report, say what came of it."""
-    import pandas as pd
     known = {f'{clip}.mp4' for clip in clips}
     rows = [(name, 'not a clip: no name like ID_000001_000005.mp4') for name in files if name not in known]
     there = set()
     with workspace(root / WORK):
-        chunks = [] if args.overwrite else [(clips[index:index + CHUNK], root) for index in range(0, len(clips), CHUNK)]
+        begun = sorted(set(clips).intersection(os.listdir(root / 'rawframes'))) if not args.overwrite else []
+        chunks = [(begun[index:index + CHUNK], root) for index in range(0, len(begun), CHUNK)]
         with contextlib.closing(run_all(find_complete, chunks, args)) as answers:
             for _, complete, _ in tqdm(answers, total=len(chunks), desc='check', unit='chunk', delay=1):
                 there.update(complete or ())
@@ -213,7 +214,8 @@ def extract(args: argparse.Namespace, root: Path, files: list[str], clips: list[
     report = root / 'reports/extract_rgb_frames.csv'
     report.parent.mkdir(exist_ok=True)
     part = report.with_name(f'.{report.name}.part')
-    pd.DataFrame(sorted(rows), columns=['clip', 'reason']).to_csv(part, index=False, errors='backslashreplace')
+    with open(part, 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:  # pandas' import costs 0.3 s
+        csv.writer(file, lineterminator='\n').writerows([('clip', 'reason'), *sorted(rows)])
     os.replace(part, report)
 
     failed = len(rows) - (len(files) - len(clips))
