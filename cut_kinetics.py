@@ -31,7 +31,6 @@ import sys
 import tarfile
 import types
 import uuid
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -54,17 +53,19 @@ MAX_LEAD_S = 0.2  # codec delays put the first picture up to 0.1 s behind the so
 ENCODER = ['-c:v', 'libx264', '-preset', 'superfast', '-bf', '1', '-b_strategy', '0', '-weightp', '0', '-threads', '1',
            '-pix_fmt', 'yuv420p']
 QUALITY, LARGE_QUALITY, LARGE = ['-crf', '21.4', '-coder', 'vlc'], ['-crf', '21.6'], 480  # pixels of the short side
-COLOURS = 'scale=out_range=limited:out_color_matrix=bt601'  # as decoders and JPEG take them; most sources have them
+COLOURS = 'scale=out_range=limited:out_color_matrix=bt601'  # what decoders and JPEG assume, and most sources use
 CLIP_FORMAT = 2  # higher for each change of this script that makes other clips
 # Only real containers: ffmpeg would also read a playlist under a video's name, and with it any other file
 FORMATS = 'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpegts,mpeg,ogg'
 MAX_PIXELS = 7680 * 4320  # a header that claims larger pictures would cost gigabytes of memory
+READING = dict(format_whitelist=FORMATS, protocol_whitelist='file', max_pixels=str(MAX_PIXELS))
 MAX_BYTES = 2 ** 30  # of a video in an archive; ten seconds have a few MB
 TIME_LIMIT = 12  # s that ffmpeg may take for each second of video, some 100 times the usual, and 30 s more
-KILLED = 'unreadable video: ffmpeg was killed, as it happens when memory runs out'
+MISSING, OF_FFMPEG = 'file missing: ', 'unreadable video: ffmpeg '  # how reasons begin that are not the video's fault
+KILLED = f'{OF_FFMPEG}was killed, as it happens when memory runs out'
 DISK_FULL = {b'No space left on device': errno.ENOSPC, b'Disk quota exceeded': errno.EDQUOT}
-# What ffmpeg prints of damage, and of no undamaged file that was tried. A stream without an index may lose packets: their loss
-# is told at level debug alone
+# Messages that damaged files cause, and none of the intact files that were tried. A stream without an index may lose packets,
+# which ffmpeg tells at level debug alone
 FAULT = r'\[(error|fatal)\]|corrupt|undecodable|Invalid timestamps|Continuity check failed|Frame num gap'
 OTHER_SIZE = r'context - (w: \d+ h: \d+ fmt: \d+) .*incoming frame - (?!\1)'
 HARMLESS = 'mmco: unref short failure'  # at the start of a video that a tool cut out of open groups of pictures
@@ -97,12 +98,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--num_workers', type=int, default=-1, metavar='N', help='parallel processes (default: all CPUs)')
     parser.add_argument('--dask_scheduler', metavar='ADDRESS',
                         help='work on the Dask cluster of this scheduler, such as tcp://host:8786, not on this machine')
-    parser.add_argument('--ffmpeg', default=imageio_ffmpeg.get_ffmpeg_exe(), metavar='PATH',
+    parser.add_argument('--ffmpeg', metavar='PATH',
                         help="ffmpeg program; other versions may choose other frames (default: imageio-ffmpeg's)")
     parser.add_argument('--overwrite', action='store_true', help='cut clips again that are there already')
     args = parser.parse_args(argv)
     args.kinetics_list = args.kinetics_list or MMACTION2 / f'data/kinetics700/kinetics700_{args.split}_list_videos.txt'
     args.avakinetics_root = args.avakinetics_root.absolute()
+    try:
+        args.ffmpeg = args.ffmpeg or imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError:  # its wheel for this machine brings none
+        sys.exit('error: imageio-ffmpeg has no ffmpeg for this machine; set --ffmpeg')
     if args.num_workers < 1 and args.num_workers != -1:
         sys.exit('error: --num_workers must be 1 or more, or -1 for all CPUs')
     if args.short_side is not None and (args.short_side < 2 or args.short_side % 2):
@@ -123,8 +128,11 @@ def read_annotations(path: Path):
             try:
                 table = pd.read_csv(io.StringIO(''.join(lines)), header=None, names=['video', *NUMBERS], quoting=csv.QUOTE_NONE,
                                     dtype={'video': str, **dict.fromkeys(NUMBERS, float)}, skip_blank_lines=False)
-            except ValueError:  # a line that is not of this form: each is taken apart
-                rows = [[field.strip().strip('"') for field in line.split(',')] for line in lines]
+                names = table.video.dropna().unique().tolist()
+                if not isinstance(table.index, pd.RangeIndex) or not all(map(VIDEO_ID.fullmatch, names)):
+                    raise ValueError('more columns, quotes, spaces')
+            except (ValueError, TypeError):  # a line that is not of this form: each is taken apart
+                rows = [[field.strip().strip('"') or None for field in line.split(',')] for line in lines]
                 table = pd.DataFrame([row + [None] * (7 - len(row)) if len(row) in (2, 7) else [''] * 7 for row in rows],
                                      columns=['video', *NUMBERS])
                 numbers = table[NUMBERS].apply(pd.to_numeric, errors='coerce').astype(float)
@@ -159,7 +167,7 @@ def read_sources(path: Path, videos: set[str]):
     line = rf'^[ \t]*((?:.*/)?{SOURCE_NAME})(?:[ \t]+[+-]?[0-9]+)?[ \t]*$'
     text, problems = path.read_text(encoding='utf-8-sig', errors='surrogateescape'), []
     found = re.findall(line, text, re.M)
-    if len(found) < text.count('\n') + 1 or any(start >= end for _, _, start, end in found):
+    if len(found) < len(text.rstrip('\n').split('\n')) or any(start >= end for _, _, start, end in found):
         for number, words in enumerate(text.split('\n'), 1):
             name = re.match(line, words)
             if words.strip() and not (name and name[3] < name[4]):
@@ -205,7 +213,7 @@ def plan_clips(keyframes, sources):
 def is_large(video: Path) -> bool:
     import av
     try:
-        with open(video, 'rb') as file, av.open(file) as source:
+        with open(video, 'rb') as file, av.open(file, options=READING) as source:
             return min(source.streams.video[0].width, source.streams.video[0].height) > LARGE
     except (av.FFmpegError, OSError, IndexError, ValueError):  # ffmpeg says what is wrong with it
         return False
@@ -229,7 +237,7 @@ def cut_command(ffmpeg: str, video: Path, offset: int, seconds: int, short_side:
     if short_side:
         factor = f'min(1,{short_side}/min(iw,ih))'
         filters += f"scale='2*round(iw/2*{factor})':'2*round(ih/2*{factor})',"
-    level = 'level+debug' if video.suffix in STREAMS else 'level+warning'
+    level = 'level+debug' if video.suffix.lower() in STREAMS else 'level+warning'
     quality = LARGE_QUALITY if (short_side or LARGE + 1) > LARGE and is_large(video) else QUALITY
     return [ffmpeg, '-nostdin', '-v', level, '-protocol_whitelist', 'file', '-format_whitelist', FORMATS,
             '-max_pixels', str(MAX_PIXELS), '-threads', '1', '-reinit_filter', '0', '-i', f'file:{video}', '-map', '0:V:0',
@@ -246,7 +254,7 @@ def find_damage(video: Path, start: int, end: int, words: str) -> str | None:
     fault, seen = None, False
     av.logging.set_level(av.logging.ERROR)
     try:
-        with open(video, 'rb') as file, av.open(file) as source, av.logging.Capture() as log:
+        with open(video, 'rb') as file, av.open(file, options=READING) as source, av.logging.Capture() as log:
             stream = source.streams.video[0]
             stream.thread_type = 'NONE'
             for packet in source.demux(stream):
@@ -272,14 +280,12 @@ def find_damage(video: Path, start: int, end: int, words: str) -> str | None:
 
 
 def cut_clip(video: Path, offset: int, seconds: int, name: str, options: argparse.Namespace) -> str | None:
-    """Cut ROOT/videos/<name> out of a video; return None, or the reason why it cannot be had, and then it is not there."""
+    """Cut ROOT/videos/<name> out of a video; return None, or the reason why it cannot be had."""
     videos = options.avakinetics_root / 'videos'
     part = videos / f'.cut_kinetics_{options.split}/{uuid.uuid4().hex}.mp4'
     try:
         problem = cut_part(video, offset, seconds, part, options)
-        if problem:
-            (videos / name).unlink(missing_ok=True)  # of an earlier run
-        else:
+        if not problem:
             os.replace(part, videos / name)
     finally:
         part.unlink(missing_ok=True)
@@ -290,18 +296,19 @@ def cut_part(video: Path, offset: int, seconds: int, part: Path, options: argpar
     """Cut one clip into `part`; return None, or the reason why it cannot be had from this video."""
     try:
         done = subprocess.run(cut_command(options.ffmpeg, video, offset, seconds, options.short_side, part),
-                              capture_output=True, timeout=30 + TIME_LIMIT * (offset + seconds))
+                              capture_output=True, timeout=30 + TIME_LIMIT * (offset + seconds),
+                              process_group=0)  # which Ctrl-C does not reach
     except subprocess.TimeoutExpired:
-        return f'unreadable video: ffmpeg took more than {30 + TIME_LIMIT * (offset + seconds)} s'
+        return f'{OF_FFMPEG}took more than {30 + TIME_LIMIT * (offset + seconds)} s'
     for message, number in DISK_FULL.items():
         if message in done.stderr:
             raise OSError(number, os.strerror(number), str(part.parent))
-    if done.returncode < 0:
+    if done.returncode < 0 or done.returncode == 255:  # by a signal
         return KILLED
     told = done.stderr.decode(errors='replace').splitlines()
     gap = [float(line.split()[-1]) for line in told if line.startswith('[Eval')]
     faults = [line for line in told if re.search(FAULT, line) and HARMLESS not in line and not line.startswith('[Eval')]
-    words = re.sub(r'^(\[.*?\] )+', '', (faults or ['ffmpeg gives no reason'])[0]).replace(f'file:{video}', '').strip(': ')
+    words = re.sub(r'^(\[.*?\] )+', '', (faults or ['no reason given'])[0]).replace(f'file:{video}', '').strip(': ')
     if done.returncode:
         return f'unreadable video: {words}'
     if any(re.search(OTHER_SIZE, line) for line in told):
@@ -314,7 +321,7 @@ def cut_part(video: Path, offset: int, seconds: int, part: Path, options: argpar
         frames = 0
     if frames < seconds * FPS:
         return f'source too short: it ends {seconds - max(0, frames - MAX_REPEAT) / FPS:.1f} s before the clip does'
-    if faults and video.suffix in STREAMS:  # whose time stamps may be damaged too
+    if faults and video.suffix.lower() in STREAMS:  # whose time stamps may be damaged too
         return f'damaged video: {words}'
     problem = find_damage(video, offset, offset + seconds, words) if faults else None
     if gap and not problem:
@@ -330,20 +337,33 @@ def find_video(path: str, folders: list[str]) -> str | None:
 def cut_listed(path: str, folders: list[str], offset: int, seconds: int, name: str, options: argparse.Namespace) -> str | None:
     """Cut one clip out of a listed video; return None, or the reason why it cannot be had."""
     video = find_video(path, folders)
-    return cut_clip(Path(video), offset, seconds, name, options) if video else f'file missing: {path}'
+    return cut_clip(Path(video), offset, seconds, name, options) if video else f'{MISSING}{path}'
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """Makes a damaged or missing header an error, where tarfile would take it for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f'damaged archive: {error}') from None
 
 
 def cut_archive(archive: str, known: list, annotations: Path, options: argparse.Namespace, only: list[str]) -> dict:
     """Cut the annotated seconds of every video in a tar archive, a file or URL, which is read once from front to back.
 
     Returns what the ledger notes: what tells the archive from others (name, size, modification time or ETag), the videos in
-    it, those that cannot be used with their reasons, the clips made now, and what stopped it. A `known` archive is not
-    read; `only` these clips are made, if any are given, although they are there.
+    it, those that cannot be used with their reasons, the clips made and spoilt now, and what stopped it. A `known` archive
+    is not read; `only` these clips are made, if any are given, although they are there.
     """
     import aiohttp
     import fsspec
     import tenacity
-    entry = dict(archive=[archive.rsplit('/', 1)[-1]], videos=[], failed={}, made=[], error=None)
+    entry = dict(archive=[archive.rsplit('/', 1)[-1]], videos=[], failed={}, made=[], spoilt=[], error=None)
     copy = options.avakinetics_root / f'videos/.cut_kinetics_{options.split}/{uuid.uuid4().hex}'
     patiently = tenacity.retry(stop=tenacity.stop_after_attempt(5), wait=tenacity.wait_random_exponential(max=20),
                                retry=tenacity.retry_if_exception_type((OSError, aiohttp.ClientError)), reraise=True)
@@ -359,7 +379,7 @@ def cut_archive(archive: str, known: list, annotations: Path, options: argparse.
             keyframes.setdefault(video, []).append(second)
         with system.open(path) as file:
             reader = types.SimpleNamespace(read=patiently(file.read))  # which resumes after a dropped connection
-            with tarfile.open(fileobj=reader, mode='r|*', bufsize=1 << 20) as tar:
+            with tarfile.open(fileobj=reader, mode='r|*', bufsize=1 << 20, tarinfo=StrictTarInfo) as tar:
                 for member in tar:
                     tar.members.clear()  # else memory grows with the archive
                     name = re.fullmatch(SOURCE_NAME, member.name.rsplit('/', 1)[-1])
@@ -384,17 +404,17 @@ def cut_archive(archive: str, known: list, annotations: Path, options: argparse.
                         copy.unlink()
                     if problem:
                         entry['failed'][clip_name(video, start, end)] = problem
+                        entry['spoilt'].append(clip)
                     else:
                         entry['failed'].pop(clip_name(video, start, end), None)  # of another copy
                         entry['made'].append(clip)
-    except (OSError, EOFError, ValueError, ImportError, zlib.error, tarfile.TarError, aiohttp.ClientError) as error:
+    except Exception as error:  # remote file systems raise what their libraries do
         if getattr(error, 'errno', None) in DISK_FULL.values():
             raise
-        entry['error'] = f'{type(error).__name__}: {error}'.split('\n')[0]  # also of protocols that fsspec lacks
+        entry['error'] = f'{type(error).__name__}: {error}'.split('\n')[0]
     finally:
         copy.unlink(missing_ok=True)
-    if KILLED in entry['failed'].values():
-        entry['error'] = KILLED
+    entry['error'] = next((reason for reason in entry['failed'].values() if reason.startswith(OF_FFMPEG)), entry['error'])
     return entry
 
 
@@ -425,10 +445,13 @@ def shielded(function: Callable, item: tuple) -> tuple:
 
 
 def run_all(function: Callable, items: list[tuple], args: argparse.Namespace) -> Iterator[tuple]:
-    """Yield (item, answer, None) in any order, or (item, None, reason) for an item that cost its workers their lives."""
+    """Yield (item, answer, None) in any order, or (item, None, reason) for an item whose workers died."""
     if not args.dask_scheduler:
         from joblib import Parallel, cpu_count, delayed
         workers = min(args.num_workers if args.num_workers > 0 else cpu_count(), len(items)) or 1
+        if workers == 1:  # in this process, which must not be shielded
+            yield from ((item, function(*item), None) for item in items)
+            return
         try:
             for item, answer in Parallel(workers, return_as='generator_unordered')(
                     delayed(shielded)(function, item) for item in items):
@@ -514,7 +537,7 @@ def find_lost(keyframes, sources, covered, absent: str) -> list[tuple]:
 
 
 def cut_list(args: argparse.Namespace, keyframes, sources) -> tuple[set[str], int, list[tuple], list[tuple]]:
-    """Cut all clips out of the listed files: their names, how many were cut now, report rows on keyframes, and no others."""
+    """Cut all clips out of the listed files: their names, how many were cut now, report rows on keyframes, and no more."""
     folder = args.kinetics_list.absolute().parent
     folders = [str(place) for place in (Path.cwd(), folder, folder / f'videos_{args.split}')]
     sources['reason'], tried, made = '', {}, set()
@@ -540,10 +563,9 @@ def cut_list(args: argparse.Namespace, keyframes, sources) -> tuple[set[str], in
                 made.add(item[4])
                 if problem or failure:
                     sources.loc[sources.path == item[0], 'reason'] = problem or failure
-    good = set(working.path)
-    for name in [name for name, path in tried.items() if path in good and name not in set(clips.name)]:
-        (args.avakinetics_root / 'videos' / name).unlink(missing_ok=True)  # its source has a longer one now
-    names = set(clips.name)
+    names, kept = set(clips.name), set(sources.path[sources.reason.str.startswith((MISSING, OF_FFMPEG))])
+    for name in [name for name, path in tried.items() if name not in names and path not in kept]:
+        (args.avakinetics_root / 'videos' / name).unlink(missing_ok=True)  # its source is broken, or has a longer one now
     return names, len(names & made), find_lost(keyframes, sources, covered, 'video not in the list'), []
 
 
@@ -560,10 +582,21 @@ def survey_archives(args: argparse.Namespace, keyframes, entries: list[dict]):
     working = sources[sources.reason == '']
     held = find_holders(keyframes, working)
     covered, clips = held.drop_duplicates(['video', 'second']), name_clips(held, working)
-    there = set(os.listdir(args.avakinetics_root / 'videos'))
+    there = {name for name in os.listdir(args.avakinetics_root / 'videos') if not is_stale(name, args, 0)}
     for source in clips.index[clips.index.isin(covered.source) & ~clips.name.isin(there)]:
         sources.loc[source, 'reason'] = f'{READ_AGAIN}: {entries[sources["rank"][source]]["archive"][0]}'
     return sources, covered[(sources.reason[covered.source] == '').to_numpy()], clips
+
+
+def note_archive(entries: list[dict], entry: dict) -> None:
+    """Add what is in an archive, in the place of what was noted of the same one before: when it was read to another point,
+    touched or downloaded again. Others of its name hold other videos."""
+    videos = set(map(tuple, entry['videos']))
+    for place, old in enumerate(entries):
+        if old['archive'][0] == entry['archive'][0] and videos.issuperset(map(tuple, old['videos'])):
+            entries[place] = entry
+            return
+    entries.append(entry)
 
 
 def cut_archives(args: argparse.Namespace, keyframes) -> tuple[set[str], int, list[tuple], list[tuple]]:
@@ -571,15 +604,14 @@ def cut_archives(args: argparse.Namespace, keyframes) -> tuple[set[str], int, li
 
     A ledger says what is in the archives that were read; those whose clips are all there are not read again.
     """
-    noted, order, made, problems = {}, {}, {}, []  # by archive
+    entries, order, made, spoilt, problems = [], {}, {}, set(), []
     ledger = args.avakinetics_root / f'reports/cut_kinetics_{args.split}_archives.jsonl'
     for line in ledger.read_text(errors='replace').splitlines() if ledger.is_file() else ():
         with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-            entry = json.loads(line)
-            noted[tuple(entry['archive'])] = entry
-    sources, _, _ = survey_archives(args, keyframes, list(noted.values()))
+            note_archive(entries, json.loads(line))
+    sources, _, _ = survey_archives(args, keyframes, entries)
     unfinished = set(sources['rank'][sources.reason.str.startswith(READ_AGAIN)])
-    known = [] if args.overwrite else [entry['archive'] for rank, entry in enumerate(noted.values())
+    known = [] if args.overwrite else [entry['archive'] for rank, entry in enumerate(entries)
                                        if not entry['error'] and rank not in unfinished]
     annotations = (args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv').absolute()
     archives = [name if '://' in name else os.path.abspath(name) for name in dict.fromkeys(args.kinetics_archives) if name]
@@ -595,11 +627,16 @@ def cut_archives(args: argparse.Namespace, keyframes) -> tuple[set[str], int, li
                 problems.append(('', '', f'unreadable archive: {item[0]}: {failure or entry["error"]}'))
             if version:
                 made[tuple(entry['archive'])] = entry.pop('made')
-                noted[tuple(entry['archive'])] = entry
+                spoilt.update(entry.pop('spoilt'))
+                note_archive(entries, entry)
                 file.write(f'\n{json.dumps(entry)}\n')
                 file.flush()
-    keys = sorted(noted, key=lambda key: order.get(key, -1))  # earlier runs first, then in the order given
-    entries = [noted[key] for key in keys]
+    # those that were given and are there in the order given; the others where they are
+    places = [place for place, entry in enumerate(entries) if tuple(entry['archive']) in order]
+    given = sorted((entries[place] for place in places), key=lambda entry: order[tuple(entry['archive'])])
+    for place, entry in zip(places, given):
+        entries[place] = entry
+    keys = [tuple(entry['archive']) for entry in entries]
     part = ledger.with_suffix('.part')
     part.write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
     os.replace(part, ledger)
@@ -617,14 +654,26 @@ def cut_archives(args: argparse.Namespace, keyframes) -> tuple[set[str], int, li
         if name not in set(used.name):
             (args.avakinetics_root / 'videos' / name).unlink(missing_ok=True)
     names = set(used.name)
+    for name in spoilt - names:
+        (args.avakinetics_root / 'videos' / name).unlink(missing_ok=True)  # of an earlier run, and its source is broken now
     fresh = len(names.intersection(name for names_made in made.values() for name in names_made))
     return names, fresh, find_lost(keyframes, sources, covered, 'video in no archive that was read'), problems
 
 
+def write_report(path: Path, rows: list[tuple]) -> None:
+    import pandas as pd
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix('.part')
+    pd.DataFrame(rows, columns=['video_id', 'timestamp', 'reason']).to_csv(part, index=False, errors='backslashreplace')
+    os.replace(part, path)
+
+
 def cut(args: argparse.Namespace, annotations: Path) -> None:
     """Cut the clips, write the report, say what came of it."""
-    import pandas as pd
     keyframes, unpeopled, problems = read_keyframes(annotations)
+    if keyframes.empty:
+        first = f'; its first fault: {problems[0][2]}' if problems else ''
+        sys.exit(f'error: {annotations} holds no annotated keyframe{first}')
     videos, named = args.avakinetics_root / 'videos', set(keyframes.video.tolist())
     if not args.kinetics_archives:
         sources, malformed = read_sources(args.kinetics_list, named)
@@ -638,10 +687,7 @@ def cut(args: argparse.Namespace, annotations: Path) -> None:
                                       cut_list(args, keyframes, sources))
     problems += others
     report = args.avakinetics_root / f'reports/cut_kinetics_{args.split}.csv'
-    part = report.with_suffix('.part')
-    pd.DataFrame(sorted(rows) + problems, columns=['video_id', 'timestamp', 'reason']).to_csv(
-        part, index=False, errors='backslashreplace')
-    os.replace(part, report)
+    write_report(report, sorted(rows) + problems)
 
     print(f'{len(clips)} clips in {videos} ({fresh} cut now, {len(clips) - fresh} there already) '
           f'for {len(keyframes) - len(rows)} of {len(keyframes)} annotated keyframes')

@@ -153,10 +153,13 @@ def shielded(function: Callable, item: tuple) -> tuple:
 
 
 def run_all(function: Callable, items: list[tuple], args: argparse.Namespace) -> Iterator[tuple]:
-    """Yield (item, answer, None) in any order, or (item, None, reason) for an item that cost its workers their lives."""
+    """Yield (item, answer, None) in any order, or (item, None, reason) for an item whose workers died."""
     if not args.dask_scheduler:
         from joblib import Parallel, cpu_count, delayed
         workers = min(args.num_workers if args.num_workers > 0 else cpu_count(), len(items)) or 1
+        if workers == 1:  # in this process, which must not be shielded
+            yield from ((item, function(*item), None) for item in items)
+            return
         try:
             for item, answer in Parallel(workers, return_as='generator_unordered')(
                     delayed(shielded)(function, item) for item in items):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
 CLIP_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})')
-VIDEO_ID = r'[A-Za-z0-9_-]{11}'
+VIDEO_ID = re.compile(r'[A-Za-z0-9_-]{11}')
 NUMBERS = ['timestamp', 'x1', 'y1', 'x2', 'y2', 'action']
 BLOCK = 2 ** 22  # bytes of annotations that are read together
 
@@ -60,15 +60,19 @@ def read_annotations(path: Path):
             try:
                 table = pd.read_csv(io.StringIO(''.join(lines)), header=None, names=['video', *NUMBERS], quoting=csv.QUOTE_NONE,
                                     dtype={'video': str, **dict.fromkeys(NUMBERS, float)}, skip_blank_lines=False)
-            except ValueError:  # a line that is not of this form: each is taken apart
-                rows = [[field.strip().strip('"') for field in line.split(',')] for line in lines]
+                names = table.video.dropna().unique().tolist()
+                if not isinstance(table.index, pd.RangeIndex) or not all(map(VIDEO_ID.fullmatch, names)):
+                    raise ValueError('more columns, quotes, spaces')
+            except (ValueError, TypeError):  # a line that is not of this form: each is taken apart
+                rows = [[field.strip().strip('"') or None for field in line.split(',')] for line in lines]
                 table = pd.DataFrame([row + [None] * (7 - len(row)) if len(row) in (2, 7) else [''] * 7 for row in rows],
                                      columns=['video', *NUMBERS])
                 numbers = table[NUMBERS].apply(pd.to_numeric, errors='coerce').astype(float)
                 table[NUMBERS] = numbers.mask(numbers.isna() & table[NUMBERS].notna(), -1)  # not a number
+            named = table.video.isin([video for video in table.video.dropna().unique().tolist() if VIDEO_ID.fullmatch(video)])
             box, nobody = table[NUMBERS[1:5]], table[NUMBERS[1:]].isna().all(axis=1)
             inside = ((box >= 0) & (box <= 1)).all(axis=1) & (table.x1 < table.x2) & (table.y1 < table.y2)
-            faults = [('not 7 or 2 columns that begin with a video id', ~table.video.fillna('').str.fullmatch(VIDEO_ID)),
+            faults = [('not 7 or 2 columns that begin with a video id', ~named),
                       ('not a time in seconds', ~table.timestamp.between(0, 1e6, 'left')),
                       ('not a box within 0 and 1', ~(inside | nobody)),
                       ('not an action of 1 to 80', ~(table.action.between(1, 80) & (table.action % 1 == 0) | nobody))]

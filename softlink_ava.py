@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Step 7b: link AVA's frames into the data set, and say whether the whole is ready for training.
 
-Makes ROOT/rawframes/<ava video id> an absolute symbolic link to AVA_ROOT/rawframes/<ava video id>. Right links are
-kept, broken and wrong ones are mended, a real folder of that name is left alone. Then all that training reads is looked up:
+Makes ROOT/rawframes/<ava video id> an absolute symbolic link to AVA_ROOT/rawframes/<ava video id>. Correct links are
+kept, broken and wrong ones are repaired, a real folder of that name is left alone. Then all that training reads is looked up:
 the files in ROOT/annotations, and every frame of each annotated clip, or its video where there are no raw frames of Kinetics.
 What is missing is in ROOT/reports/softlink_ava.csv. ROOT/report.html shows the whole: numbers, plots, keyframes.
 
@@ -127,7 +127,7 @@ def missing_in_video(video: Path) -> str | None:
         count = len(decord.VideoReader(str(video), num_threads=1))
     except (decord.DECORDError, RuntimeError):
         return 'unreadable clip: decord cannot open it'
-    return None if count == total else f'frames missing: {total - count} of {total}'
+    return None if count == total else f'wrong number of frames: {count} instead of {total}'
 
 
 def missing_files(root: Path, kinetics: bool) -> list[tuple]:
@@ -145,7 +145,7 @@ def missing_files(root: Path, kinetics: bool) -> list[tuple]:
 
 
 class Unpickler(pickle.Unpickler):
-    """Reads arrays and builtins only: a pickle could run code."""
+    """Reads arrays alone: a pickle could run code."""
 
     def find_class(self, module, name):
         if (module, name) not in ARRAY_PARTS:
@@ -181,7 +181,7 @@ def best_overlaps(boxes, proposals: dict[str, np.ndarray]) -> np.ndarray:
     best, corners = np.zeros(len(boxes)), boxes[['x1', 'y1', 'x2', 'y2']].to_numpy()
     for (clip, second), rows in boxes.groupby(['clip', 'second']).indices.items():
         found = proposals.get(f'{clip[:11]},{second:04d}')
-        if found is not None:
+        if found is not None and len(found):
             ours, theirs = corners[rows, None], found[None, :, :4]
             sides = np.minimum(ours[..., 2:], theirs[..., 2:]) - np.maximum(ours[..., :2], theirs[..., :2])
             both = sides.clip(0).prod(-1)
@@ -194,7 +194,9 @@ def read_keyframe(root: Path, name: str, second: int):
     """The picture of a keyframe as RGB uint8 (H, W, 3), from the raw frames or the video; None where it cannot be read."""
     import cv2
     index = (second - (int(name[12:18]) if CLIP_NAME.fullmatch(name) else AVA_START_S)) * FPS
-    image = cv2.imread(str(root / f'rawframes/{name}/img_{index + 1:05d}.jpg'))
+    frame, image = root / f'rawframes/{name}/img_{index + 1:05d}.jpg', None
+    if frame.is_file():
+        image = cv2.imread(str(frame))
     if image is None and (root / f'videos/{name}.mp4').is_file():
         video = cv2.VideoCapture(str(root / f'videos/{name}.mp4'))
         video.set(cv2.CAP_PROP_POS_FRAMES, index)
@@ -298,19 +300,25 @@ def write_page(root: Path, annotations: Path, proposals: dict) -> None:
     frequencies = {part: {f'{actions.get(number, "")} {number}'.strip(): count for number, count in
                           of_part(table, part).action.value_counts().items()} for part in PARTS}
     heights = {part: shares(of_part(boxes, part).height, [0.2, 0.4, 0.6, 0.8]) for part in PARTS}
-    people = {part: shares(of_part(keyframes, part).boxes, [2, 3, 4, 5]) for part in PARTS}
+    people = {}
+    for part in PARTS:
+        counts = of_part(keyframes, part).boxes.clip(upper=5)
+        people[part] = {'5 or more' if n == 5 else str(n): (counts == n).sum() / max(1, len(counts)) for n in range(1, 6)}
     clips = sorted(set(of_part(keyframes, 'Kinetics')['clip']))
     lengths = Counter(int(clip[-6:]) - int(clip[-13:-7]) for clip in clips)
-    images = [read_keyframe(root, clip, int(clip[12:18])) for clip in clips[::max(1, len(clips) // 200)]]
-    sizes = Counter(f'{image.shape[1]}x{image.shape[0]}' for image in images if image is not None)
+    sizes = Counter()
+    for clip in clips[::max(1, len(clips) // 200)]:
+        image = read_keyframe(root, clip, int(clip[12:18]))
+        if image is not None:
+            sizes[f'{image.shape[1]}x{image.shape[0]}'] += 1
     plots = [draw_bars('Height of the boxes, of the frame: share of the boxes', heights),
              draw_bars('People on a keyframe: share of the keyframes', people),
              draw_bars('Length of the Kinetics clips, s', {'clips': dict(sorted(lengths.items()))}),
-             draw_bars(f'Size of the Kinetics clips, of {len(images)} of them', {'clips': dict(sizes.most_common(8))}),
+             draw_bars(f'Size of the Kinetics clips, of {sizes.total()} of them', {'clips': dict(sizes.most_common(8))}),
              draw_bars('Annotations by action', frequencies, across=True)]
 
     reasons = []
-    for report in sorted((root / 'reports').glob('*.csv')):
+    for report in sorted(path for path in (root / 'reports').glob('*.csv') if not path.stem.endswith('_val')):
         rows = pd.read_csv(report, dtype=str, encoding_errors='replace')
         if 'reason' in rows:
             reasons += [(report.stem, reason, f'{count:,}') for reason, count in
@@ -359,6 +367,11 @@ def check(root: Path) -> None:
     if not annotations.is_file():
         sys.exit(f'error: {annotations} not found, so the data set cannot be checked; do Step 7 (merge_annotations.py)')
     annotated, total, rows = read_annotated(annotations)
+    validated = root / 'annotations/ava_val_v2.2.csv'  # which training reads after the first epoch
+    if validated.is_file():
+        seconds, _, problems = read_annotated(validated)
+        rows += problems
+        annotated |= {name: annotated.get(name, set()) | found for name, found in seconds.items()}
     clips = {name for name in annotated if CLIP_NAME.fullmatch(name)}
     raw = any((root / 'rawframes' / clip).is_dir() for clip in clips)  # else training reads the clips themselves
     rows += missing_files(root, bool(clips))
@@ -383,12 +396,16 @@ def check(root: Path) -> None:
     os.replace(part, report)
     print(f'AVA-Kinetics in {root}: {len(clips)} Kinetics clips and {len(annotated) - len(clips)} AVA videos annotated, '
           f'{total} rows, {"no readable" if proposals is None else len(proposals)} frames with proposals')
-    write_page(root, annotations, proposals or {})
     for reason, count in Counter(row[1].split(':')[0] for row in rows).most_common():
-        print(f'  {count} not complete: {reason}, such as {next(row[0] for row in rows if row[1].startswith(reason))}')
+        example = next(name for name, why in rows if why.split(':')[0] == reason)
+        print(f'  {count} not complete: {reason}, such as {example}')
+    try:
+        write_page(root, annotations, proposals or {})
+    except (ImportError, ValueError, KeyError, TypeError) as error:  # odd files in reports/, no matplotlib
+        print(f'  no report.html: {type(error).__name__}: {error}'.split('\n')[0])
     if rows:
         print(f'  report: {report}')
-        sys.exit(f'error: the data set is not complete, training would stop; {rows[0][0]}: {rows[0][1]}')
+        sys.exit(f'error: the data set is not complete; {rows[0][0]}: {rows[0][1]}')
     print(f'  all {len(annotated)} have their frames: ready for training'
           + ('' if raw else ', the Kinetics part from its videos (README: Without raw frames)'))
 
@@ -400,6 +417,8 @@ def main(argv: list[str] | None = None) -> None:
     root, ava = args.avakinetics_root, args.ava_root.absolute() / 'rawframes'
     if args.ava_root.resolve() == root.resolve():
         sys.exit('error: --ava_root and --avakinetics_root are the same folder; AVA has one of its own')
+    if ava.resolve() == (root / 'rawframes').resolve():
+        sys.exit(f"error: {root / 'rawframes'} is AVA's own folder; the data set has one of its own: remove the link")
     if not ava.is_dir():
         sys.exit(f'error: {ava} not found; extract the frames of AVA or set --ava_root')
     if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():

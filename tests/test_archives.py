@@ -97,6 +97,29 @@ def test_a_truncated_archive_costs_no_finished_clip(kinetics, archives, tmp_path
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
+def test_a_damaged_header_is_no_end(kinetics, archives, tmp_path):
+    """The archive is reported, and read again when it is whole."""
+    whole = archives[2].read_bytes()
+    with tarfile.open(archives[2]) as tar:
+        last = tar.getmembers()[-1].offset
+    archives[2].write_bytes(whole[:last] + b'\xff' * 512 + whole[last + 512:])
+    cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
+    assert [row[2] for row in report(tmp_path / 'root') if 'unreadable archive' in row[2] and '3.tar' in row[2]]
+    archives[2].write_bytes(whole)
+    cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
+    assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
+
+
+def test_a_killed_change_of_options_goes_on(kinetics, archives, tmp_path):
+    """Clips of the old options are not taken for those of the new ones."""
+    cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
+    cut(kinetics, tmp_path / 'root', '--kinetics_archives', archives[0], '--short_side=64', '--overwrite')
+    done = cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives, '--short_side=64')
+    assert '1 cut now' in done.stdout
+    for clip in (tmp_path / 'root/videos').glob('*.mp4'):
+        assert min(decord.VideoReader(str(clip))[0].shape[:2]) == 64
+
+
 class Flaky(http.server.BaseHTTPRequestHandler):
     """Serves a folder with byte ranges; every third answer breaks off in the middle."""
     protocol_version, folder, random, answers = 'HTTP/1.1', None, random.Random(3), 0

@@ -171,7 +171,7 @@ def test_interrupted(job, step, number, tmp_path):
         out, err = process.communicate(timeout=60)
         codes.append(process.returncode)
         if 'Traceback' in err:  # Python's own message, of this process or a worker that was still importing, or its beginning
-            assert process.returncode in (1, 130, -number, -signal.SIGINT), err
+            assert process.returncode in (0, 1, 130, -number, -signal.SIGINT), err
             after = err.split('Traceback (most recent call last):\n', 1)[1]
             assert re.match(r' *File .*(<frozen (runpy|importlib)|in <module>)', after) or after.startswith('interrupted'), err
         elif process.returncode == 130:
@@ -316,6 +316,22 @@ def test_a_worker_process_that_is_killed_ends_the_run_with_a_line(job, tmp_path)
     )
     subprocess.run(command, check=True, capture_output=True)
     assert_undisturbed(job, 'cut', root)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_one_worker_can_be_interrupted_too(job, number, tmp_path):
+    """It works in the script's own process, and what ffmpeg was at is no fault of the video."""
+    (tmp_path / 'ffmpeg').write_text(f'#!/bin/sh\n[ $1 = -version ] && exit\ntouch {tmp_path}/begun\nexec sleep 20\n')
+    (tmp_path / 'ffmpeg').chmod(0o755)
+    command = [*job.command('cut', tmp_path / 'root'), '--num_workers=1', f'--ffmpeg={tmp_path}/ffmpeg']
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / 'begun').exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    assert said(process.communicate(timeout=10)[1]) == ['interrupted; the same command continues'] and process.returncode == 130
+    assert not list((tmp_path / 'root').rglob('*.mp4'))
 
 
 @pytest.mark.parametrize('number', [signal.SIGHUP, signal.SIGKILL])

@@ -249,7 +249,7 @@ def test_not_ready_for_training(worlds, change, name, reason):
 
 
 @pytest.mark.parametrize('seconds,problem', [
-    (4, None), (3.5, 'frames missing: 15 of 120'), (0, 'unreadable clip: decord cannot open it')])
+    (4, None), (3.5, 'wrong number of frames: 105 instead of 120'), (0, 'unreadable clip: decord cannot open it')])
 def test_clips_that_are_read_as_videos_have_their_frames(worlds, seconds, problem):
     root, ava = worlds
     shutil.rmtree(root / 'rawframes')
