@@ -128,8 +128,9 @@ def read_annotations(path: Path):
             try:
                 table = pd.read_csv(io.StringIO(''.join(lines)), header=None, names=['video', *NUMBERS], quoting=csv.QUOTE_NONE,
                                     dtype={'video': str, **dict.fromkeys(NUMBERS, float)}, skip_blank_lines=False)
-                names = table.video.dropna().unique().tolist()
-                if not isinstance(table.index, pd.RangeIndex) or not all(map(VIDEO_ID.fullmatch, names)):
+                ids = [video for video in table.video.dropna().unique().tolist() if VIDEO_ID.fullmatch(video)]
+                named = table.video.isin(ids)
+                if not isinstance(table.index, pd.RangeIndex) or not (named | table.video.isna()).all():
                     raise ValueError('more columns, quotes, spaces')
             except (ValueError, TypeError):  # a line that is not of this form: each is taken apart
                 rows = [[field.strip().strip('"') or None for field in line.split(',')] for line in lines]
@@ -137,7 +138,7 @@ def read_annotations(path: Path):
                                      columns=['video', *NUMBERS])
                 numbers = table[NUMBERS].apply(pd.to_numeric, errors='coerce').astype(float)
                 table[NUMBERS] = numbers.mask(numbers.isna() & table[NUMBERS].notna(), -1)  # not a number
-            named = table.video.isin([video for video in table.video.dropna().unique().tolist() if VIDEO_ID.fullmatch(video)])
+                named = table.video.fillna('').str.fullmatch(VIDEO_ID)
             box, nobody = table[NUMBERS[1:5]], table[NUMBERS[1:]].isna().all(axis=1)
             inside = ((box >= 0) & (box <= 1)).all(axis=1) & (table.x1 < table.x2) & (table.y1 < table.y2)
             faults = [('not 7 or 2 columns that begin with a video id', ~named),
@@ -211,6 +212,7 @@ def plan_clips(keyframes, sources):
 
 
 def is_large(video: Path) -> bool:
+    """Whether the short side of its pictures is above LARGE."""
     import av
     try:
         with open(video, 'rb') as file, av.open(file, options=READING) as source:
@@ -219,7 +221,8 @@ def is_large(video: Path) -> bool:
         return False
 
 
-def cut_command(ffmpeg: str, video: Path, offset: int, seconds: int, short_side: int | None, target: Path) -> list[str]:
+def cut_command(ffmpeg: str, video: Path, offset: int, seconds: int, short_side: int | None, large: bool, target: Path
+                ) -> list[str]:
     """ffmpeg's arguments to cut `seconds` from source time `offset` (both in s), each frame the nearest of the source.
 
     `setpts` moves every frame to the middle between its predecessor and itself, so that `fps`, which holds a frame
@@ -238,7 +241,7 @@ def cut_command(ffmpeg: str, video: Path, offset: int, seconds: int, short_side:
         factor = f'min(1,{short_side}/min(iw,ih))'
         filters += f"scale='2*round(iw/2*{factor})':'2*round(ih/2*{factor})',"
     level = 'level+debug' if video.suffix.lower() in STREAMS else 'level+warning'
-    quality = LARGE_QUALITY if (short_side or LARGE + 1) > LARGE and is_large(video) else QUALITY
+    quality = LARGE_QUALITY if large else QUALITY
     return [ffmpeg, '-nostdin', '-v', level, '-protocol_whitelist', 'file', '-format_whitelist', FORMATS,
             '-max_pixels', str(MAX_PIXELS), '-threads', '1', '-reinit_filter', '0', '-i', f'file:{video}', '-map', '0:V:0',
             '-vf', filters + COLOURS, '-frames:v', str(seconds * FPS), *ENCODER, *quality,
@@ -294,8 +297,9 @@ def cut_clip(video: Path, offset: int, seconds: int, name: str, options: argpars
 
 def cut_part(video: Path, offset: int, seconds: int, part: Path, options: argparse.Namespace) -> str | None:
     """Cut one clip into `part`; return None, or the reason why it cannot be had from this video."""
+    large = (options.short_side is None or options.short_side > LARGE) and is_large(video)
     try:
-        done = subprocess.run(cut_command(options.ffmpeg, video, offset, seconds, options.short_side, part),
+        done = subprocess.run(cut_command(options.ffmpeg, video, offset, seconds, options.short_side, large, part),
                               capture_output=True, timeout=30 + TIME_LIMIT * (offset + seconds),
                               process_group=0)  # which Ctrl-C does not reach
     except subprocess.TimeoutExpired:
@@ -643,20 +647,18 @@ def cut_archives(args: argparse.Namespace, keyframes) -> tuple[set[str], int, li
 
     sources, covered, clips = survey_archives(args, keyframes, entries)
     used, again = clips.loc[covered.source.unique()], {}
-    for rank, name in zip(used['rank'], used.name):  # where another archive has the same clip, its own may be in place
-        if keys[rank] in made and any(name in names for key, names in made.items() if key != keys[rank]):
-            again.setdefault(keys[rank], []).append(name)
-    for key, names in again.items():
-        cut_archive(archives[order[key]], [], annotations, args, names)
-    for source in clips.index[sources.reason[clips.index] == ''].difference(used.index):
-        _, rank, name = clips.loc[source, ['video', 'rank', 'name']]
-        problems.append(('', '', f'not used, since an earlier archive has it too: {name} of {entries[rank]["archive"][0]}'))
-        if name not in set(used.name):
-            (args.avakinetics_root / 'videos' / name).unlink(missing_ok=True)
     names = set(used.name)
-    for name in spoilt - names:
-        (args.avakinetics_root / 'videos' / name).unlink(missing_ok=True)  # of an earlier run, and its source is broken now
-    fresh = len(names.intersection(name for names_made in made.values() for name in names_made))
+    for rank, name in zip(used['rank'], used.name):  # where another archive has the same clip, its own may be in place
+        if keys[rank] in made and any(name in others for key, others in made.items() if key != keys[rank]):
+            again.setdefault(keys[rank], []).append(name)
+    for key, only in again.items():
+        cut_archive(archives[order[key]], [], annotations, args, only)
+    unused = clips.loc[clips.index[sources.reason[clips.index] == ''].difference(used.index)]
+    problems += [('', '', f'not used, since an earlier archive has it too: {name} of {entries[rank]["archive"][0]}')
+                 for rank, name in zip(unused['rank'], unused.name)]
+    for name in (spoilt | set(unused.name)) - names:  # spoilt: of an earlier run, and its source is broken now
+        (args.avakinetics_root / 'videos' / name).unlink(missing_ok=True)
+    fresh = len(names.intersection(set().union(*made.values())))
     return names, fresh, find_lost(keyframes, sources, covered, 'video in no archive that was read'), problems
 
 
@@ -670,7 +672,7 @@ def write_report(path: Path, rows: list[tuple]) -> None:
 
 def cut(args: argparse.Namespace, annotations: Path) -> None:
     """Cut the clips, write the report, say what came of it."""
-    keyframes, unpeopled, problems = read_keyframes(annotations)
+    keyframes, without_people, problems = read_keyframes(annotations)
     if keyframes.empty:
         first = f'; its first fault: {problems[0][2]}' if problems else ''
         sys.exit(f'error: {annotations} holds no annotated keyframe{first}')
@@ -693,12 +695,12 @@ def cut(args: argparse.Namespace, annotations: Path) -> None:
           f'for {len(keyframes) - len(rows)} of {len(keyframes)} annotated keyframes')
     for reason, count in Counter(row[2].split(':')[0] for row in rows).most_common():
         print(f'  {count} keyframes left out: {reason}')
-    if unpeopled:
-        print(f'  {unpeopled} keyframes without people: nothing to cut')
+    if without_people:
+        print(f'  {without_people} keyframes without people: nothing to cut')
     for reason, count in Counter(row[2].split(':')[0] for row in problems).items():
         print(f'  {count} more in the report: {reason}')
-    if others := sorted(name for name in os.listdir(videos) if name[:11] in named and name not in clips):
-        print(f'  {len(others)} other clips of these videos are left, which no annotation asks for, such as {others[0]}')
+    if unasked := sorted(name for name in os.listdir(videos) if name[:11] in named and name not in clips):
+        print(f'  {len(unasked)} other clips of these videos are left, which no annotation asks for, such as {unasked[0]}')
     print(f'  report: {report}')
     if not clips:
         sys.exit('error: not one clip could be cut; the report says why')

@@ -641,7 +641,7 @@ def best_overlaps(boxes, proposals: dict[str, np.ndarray]) -> np.ndarray:
     best, corners = np.zeros(len(boxes)), boxes[['x1', 'y1', 'x2', 'y2']].to_numpy()
     for (clip, second), rows in boxes.groupby(['clip', 'second']).indices.items():
         found = proposals.get(f'{clip[:11]},{second:04d}')
-        if found is not None:
+        if found is not None and len(found):
             ours, theirs = corners[rows, None], found[None, :, :4]
             sides = np.minimum(ours[..., 2:], theirs[..., 2:]) - np.maximum(ours[..., :2], theirs[..., :2])
             both = sides.clip(0).prod(-1)

@@ -60,8 +60,9 @@ def read_annotations(path: Path):
             try:
                 table = pd.read_csv(io.StringIO(''.join(lines)), header=None, names=['video', *NUMBERS], quoting=csv.QUOTE_NONE,
                                     dtype={'video': str, **dict.fromkeys(NUMBERS, float)}, skip_blank_lines=False)
-                names = table.video.dropna().unique().tolist()
-                if not isinstance(table.index, pd.RangeIndex) or not all(map(VIDEO_ID.fullmatch, names)):
+                ids = [video for video in table.video.dropna().unique().tolist() if VIDEO_ID.fullmatch(video)]
+                named = table.video.isin(ids)
+                if not isinstance(table.index, pd.RangeIndex) or not (named | table.video.isna()).all():
                     raise ValueError('more columns, quotes, spaces')
             except (ValueError, TypeError):  # a line that is not of this form: each is taken apart
                 rows = [[field.strip().strip('"') or None for field in line.split(',')] for line in lines]
@@ -69,7 +70,7 @@ def read_annotations(path: Path):
                                      columns=['video', *NUMBERS])
                 numbers = table[NUMBERS].apply(pd.to_numeric, errors='coerce').astype(float)
                 table[NUMBERS] = numbers.mask(numbers.isna() & table[NUMBERS].notna(), -1)  # not a number
-            named = table.video.isin([video for video in table.video.dropna().unique().tolist() if VIDEO_ID.fullmatch(video)])
+                named = table.video.fillna('').str.fullmatch(VIDEO_ID)
             box, nobody = table[NUMBERS[1:5]], table[NUMBERS[1:]].isna().all(axis=1)
             inside = ((box >= 0) & (box <= 1)).all(axis=1) & (table.x1 < table.x2) & (table.y1 < table.y2)
             faults = [('not 7 or 2 columns that begin with a video id', ~named),

@@ -263,47 +263,43 @@ def shares(values, edges: list) -> dict[str, float]:
     return dict(zip(names, counts / max(1, counts.sum())))
 
 
-def write_page(root: Path, annotations: Path, proposals: dict) -> None:
-    """Write ROOT/report.html: what came in, what was left out, what the data set is like, and keyframes to look at."""
+def read_table(path: Path):
+    """The well-formed rows of merged annotations: clip, second, x1, y1, x2, y2, action."""
     import pandas as pd
     names = ['clip', 'second', *BOX, 'action']
-    table = pd.read_csv(annotations, header=None, names=names, usecols=range(7), dtype=str, on_bad_lines='skip',
+    table = pd.read_csv(path, header=None, names=names, usecols=range(7), dtype=str, on_bad_lines='skip',
                         encoding_errors='replace', quoting=csv.QUOTE_NONE)
     table[names[1:]] = table[names[1:]].apply(pd.to_numeric, errors='coerce')
     table = table.dropna().astype({'second': int, 'action': int})
-    table = table[table['clip'].str.fullmatch(NAME.pattern)]
-    labels = root / 'annotations' / NEEDED[0]
-    text = labels.read_text(errors='replace') if labels.is_file() else ''
-    actions = {int(number): name for name, number in re.findall(r'name: "(.*)"\s+(?:label_)?id: (\d+)', text)}
-    boxes = table.drop_duplicates(['clip', 'second', *BOX], ignore_index=True)
-    boxes['best'] = best_overlaps(boxes, proposals)
-    keyframes = boxes.groupby(['clip', 'second']).best.agg(boxes='size', worst='min').reset_index()
-    keyframes['proposals'] = [len(proposals.get(f'{clip[:11]},{second:04d}', ()))
-                              for clip, second in zip(keyframes['clip'], keyframes.second)]
+    return table[table['clip'].str.fullmatch(NAME.pattern)]
 
-    def of_part(rows, part: str):
-        return rows if part == 'both' else rows[(rows['clip'].str.len() > 11) == (part == 'Kinetics')]
 
-    boxes['height'] = boxes.y2 - boxes.y1
+def of_part(rows, part: str):
+    """The rows of AVA, of Kinetics or of both."""
+    return rows if part == 'both' else rows[(rows['clip'].str.len() > 11) == (part == 'Kinetics')]
 
-    numbers = {}
+
+def describe(table, boxes, keyframes) -> dict[str, str]:
+    """The numbers of one part."""
+    count = max(1, len(keyframes))
+    return {'clips or movies': f'{keyframes["clip"].nunique():,}', 'keyframes': f'{len(keyframes):,}',
+            'boxes': f'{len(boxes):,}', 'annotations': f'{len(table):,}', 'boxes a keyframe': f'{len(boxes) / count:.2f}',
+            'proposals a keyframe': f'{keyframes.proposals.sum() / count:.2f}',
+            'keyframes without a proposal': f'{(keyframes.proposals == 0).sum():,}',
+            'recall at IoU 0.5': f'{(boxes.best >= 0.5).sum() / max(1, len(boxes)):.1%}',
+            'recall at IoU 0.75': f'{(boxes.best >= 0.75).sum() / max(1, len(boxes)):.1%}'}
+
+
+def draw_plots(root: Path, table, boxes, keyframes, actions: dict[int, str]) -> list[str]:
+    """Plots of boxes, people, clips and actions, as pictures' addresses."""
+    people, heights, frequencies = {}, {}, {}
     for part in PARTS:
-        ours, frames, rows = (of_part(which, part) for which in (boxes, keyframes, table))
-        count = max(1, len(frames))
-        numbers[part] = {
-            'clips or movies': f'{frames["clip"].nunique():,}', 'keyframes': f'{len(frames):,}', 'boxes': f'{len(ours):,}',
-            'annotations': f'{len(rows):,}', 'boxes a keyframe': f'{len(ours) / count:.2f}',
-            'proposals a keyframe': f'{frames.proposals.sum() / count:.2f}',
-            'keyframes without a proposal': f'{(frames.proposals == 0).sum():,}',
-            'recall at IoU 0.5': f'{(ours.best >= 0.5).sum() / max(1, len(ours)):.1%}',
-            'recall at IoU 0.75': f'{(ours.best >= 0.75).sum() / max(1, len(ours)):.1%}'}
-    frequencies = {part: {f'{actions.get(number, "")} {number}'.strip(): count for number, count in
-                          of_part(table, part).action.value_counts().items()} for part in PARTS}
-    heights = {part: shares(of_part(boxes, part).height, [0.2, 0.4, 0.6, 0.8]) for part in PARTS}
-    people = {}
-    for part in PARTS:
+        ours = of_part(boxes, part)
+        heights[part] = shares(ours.y2 - ours.y1, [0.2, 0.4, 0.6, 0.8])
         counts = of_part(keyframes, part).boxes.clip(upper=5)
         people[part] = {'5 or more' if n == 5 else str(n): (counts == n).sum() / max(1, len(counts)) for n in range(1, 6)}
+        frequencies[part] = {f'{actions.get(number, "")} {number}'.strip(): count
+                             for number, count in of_part(table, part).action.value_counts().items()}
     clips = sorted(set(of_part(keyframes, 'Kinetics')['clip']))
     lengths = Counter(int(clip[-6:]) - int(clip[-13:-7]) for clip in clips)
     sizes = Counter()
@@ -311,22 +307,15 @@ def write_page(root: Path, annotations: Path, proposals: dict) -> None:
         image = read_keyframe(root, clip, int(clip[12:18]))
         if image is not None:
             sizes[f'{image.shape[1]}x{image.shape[0]}'] += 1
-    plots = [draw_bars('Height of the boxes, of the frame: share of the boxes', heights),
-             draw_bars('People on a keyframe: share of the keyframes', people),
-             draw_bars('Length of the Kinetics clips, s', {'clips': dict(sorted(lengths.items()))}),
-             draw_bars(f'Size of the Kinetics clips, of {sizes.total()} of them', {'clips': dict(sizes.most_common(8))}),
-             draw_bars('Annotations by action', frequencies, across=True)]
+    return [draw_bars('Height of the boxes, of the frame: share of the boxes', heights),
+            draw_bars('People on a keyframe: share of the keyframes', people),
+            draw_bars('Length of the Kinetics clips, s', {'clips': dict(sorted(lengths.items()))}),
+            draw_bars(f'Size of the Kinetics clips, of {sizes.total()} of them', {'clips': dict(sizes.most_common(8))}),
+            draw_bars('Annotations by action', frequencies, across=True)]
 
-    reasons = []
-    for report in sorted(path for path in (root / 'reports').glob('*.csv') if not path.stem.endswith('_val')):
-        rows = pd.read_csv(report, dtype=str, encoding_errors='replace')
-        if 'reason' in rows:
-            reasons += [(report.stem, reason, f'{count:,}') for reason, count in
-                        Counter(str(reason).split(':')[0] for reason in rows.reason).most_common()]
-    came = [('clips in videos/', f'{sum(name.endswith(".mp4") for name in listed(root / "videos")):,}'),
-            ('clips with raw frames', f'{sum(bool(CLIP_NAME.fullmatch(name)) for name in listed(root / "rawframes")):,}'),
-            ('frames with proposals', f'{len(proposals):,}')]
 
+def draw_sheet(root: Path, table, keyframes, proposals: dict, actions: dict[int, str]) -> str:
+    """Keyframes as HTML: those that the proposals miss most, and others evenly chosen."""
     worst = keyframes[keyframes.worst < 0.5].nsmallest(SHOWN // 3, 'worst')
     places = np.unique(np.linspace(0, len(keyframes) - 1, SHOWN - len(worst)).astype(int)) if len(keyframes) else []
     sheet = ''
@@ -340,24 +329,58 @@ def write_page(root: Path, annotations: Path, proposals: dict) -> None:
                        f'<img alt="" src="{draw_keyframe(image, rows, found, actions)}">')
             sheet += f'<figure>{picture}<figcaption>{html.escape(clip)}, second {second}</figcaption></figure>'
         sheet += '</div>'
-
-    def to_table(head: list, rows: list) -> str:
-        return '<div class="wide"><table><tr>{}</tr>{}</table></div>'.format(
-            ''.join(f'<th>{cell}</th>' for cell in head),
-            ''.join('<tr>{}</tr>'.format(''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)) for row in rows))
-
-    page = root / 'report.html'
-    part = page.with_name(f'.{page.name}.part')
-    part.write_text(PAGE.format(
-        numbers=to_table(['', *PARTS], [(name, *(numbers[part][name] for part in PARTS)) for name in numbers['both']]),
-        came=to_table(['what', 'count'], came), reasons=to_table(['step', 'left out because', 'count'], reasons),
-        plots=''.join(f'<figure><img alt="" src="{plot}"></figure>' for plot in plots), sheet=sheet), errors='replace')
-    os.replace(part, page)
-    print(f'  a page to look at: {page}')
+    return sheet
 
 
-def listed(folder: Path) -> list[str]:
+def count_reasons(reports: Path) -> list[tuple]:
+    """What the reports of the training part say: step, reason and how often."""
+    import pandas as pd
+    reasons = []
+    for report in sorted(path for path in reports.glob('*.csv') if not path.stem.endswith('_val')):
+        rows = pd.read_csv(report, dtype=str, encoding_errors='replace')
+        if 'reason' in rows:
+            reasons += [(report.stem, reason, f'{count:,}') for reason, count in
+                        Counter(str(reason).split(':')[0] for reason in rows.reason).most_common()]
+    return reasons
+
+
+def to_html(head: list, rows: list) -> str:
+    """A table."""
+    return '<div class="wide"><table><tr>{}</tr>{}</table></div>'.format(
+        ''.join(f'<th>{cell}</th>' for cell in head),
+        ''.join('<tr>{}</tr>'.format(''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)) for row in rows))
+
+
+def list_names(folder: Path) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
+
+
+def write_page(root: Path, annotations: Path, proposals: dict) -> None:
+    """Write ROOT/report.html: what came in, what was left out, what the data set is like, and keyframes to look at."""
+    labels = root / 'annotations' / NEEDED[0]
+    text = labels.read_text(errors='replace') if labels.is_file() else ''
+    actions = {int(number): name for name, number in re.findall(r'name: "(.*)"\s+(?:label_)?id: (\d+)', text)}
+    table = read_table(annotations)
+    boxes = table.drop_duplicates(['clip', 'second', *BOX], ignore_index=True)
+    boxes['best'] = best_overlaps(boxes, proposals)
+    keyframes = boxes.groupby(['clip', 'second']).best.agg(boxes='size', worst='min').reset_index()
+    keyframes['proposals'] = [len(proposals.get(f'{clip[:11]},{second:04d}', ()))
+                              for clip, second in zip(keyframes['clip'], keyframes.second)]
+    numbers = {part: describe(*(of_part(rows, part) for rows in (table, boxes, keyframes))) for part in PARTS}
+    came = [('clips in videos/', f'{sum(name.endswith(".mp4") for name in list_names(root / "videos")):,}'),
+            ('clips with raw frames', f'{sum(bool(CLIP_NAME.fullmatch(name)) for name in list_names(root / "rawframes")):,}'),
+            ('frames with proposals', f'{len(proposals):,}')]
+    page = root / 'report.html'
+    unfinished = page.with_name(f'.{page.name}.part')
+    unfinished.write_text(PAGE.format(
+        numbers=to_html(['', *PARTS], [(name, *(numbers[part][name] for part in PARTS)) for name in numbers['both']]),
+        came=to_html(['what', 'count'], came),
+        reasons=to_html(['step', 'left out because', 'count'], count_reasons(root / 'reports')),
+        plots=''.join(f'<figure><img alt="" src="{plot}"></figure>'
+                      for plot in draw_plots(root, table, boxes, keyframes, actions)),
+        sheet=draw_sheet(root, table, keyframes, proposals, actions)), errors='replace')
+    os.replace(unfinished, page)
+    print(f'  a page to look at: {page}')
 
 
 def check(root: Path) -> None:
