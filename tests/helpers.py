@@ -3,6 +3,7 @@ import csv
 import hashlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -137,6 +138,12 @@ def numbered_source(path: Path, variant: dict) -> None:
     draw.encode(path, frames(), fps, stored, before, inputs, options)
 
 
+def clip_frames(path: Path) -> list[int]:
+    """The numbers that a clip's frames show."""
+    import decord  # after torch, where a test has that: see conftest.py
+    return [draw.read_stamp(frame.asnumpy()[..., ::-1]) for frame in decord.VideoReader(str(path))]
+
+
 def fake_frames(folder: Path, clip: str, count: int | None = None) -> None:
     """A clip folder with as many frames, none a picture, as its name says, or with `count`."""
     (folder / clip).mkdir(parents=True)
@@ -178,3 +185,15 @@ def write_root(root: Path, scenes) -> Path:
                 rows += ''.join('{},12,{:.3f},{:.3f},{:.3f},{:.3f},12,-1\n'.format(clip, *box) for box in boxes)
     (root / 'kinetics_train.csv').write_text(rows)
     return root
+
+
+def readme_config(heading: str, number: int, folder: Path):
+    """A python block of the README as a config of MMAction2's, its _base_ that of the installed package."""
+    import mmaction
+    from mmengine import Config
+    section = (REPO / 'README.md').read_text().split(heading)[1].split('\n## ')[0]
+    block = re.findall(r'^```python\n(.*?)^```', section, re.M | re.S)[number]
+    assert "_base_ = 'configs/" in block
+    path = folder / f'config_{number}.py'
+    path.write_text(block.replace("_base_ = 'configs/", f"_base_ = '{mmaction.__path__[0]}/.mim/configs/"))
+    return Config.fromfile(path)

@@ -9,7 +9,7 @@ import decord
 import pytest
 
 import draw
-from helpers import annotation_rows, errors, numbered_source, read_csv, run, snapshot
+from helpers import annotation_rows, clip_frames, errors, numbered_source, read_csv, run, snapshot
 
 SOURCES = {'a b (c)/aaaaaaaaaaa_000100_000110.mp4': {}, "d'e/-b_b_b_b_b__000000_000010.mkv": dict(fps=25, suffix='mkv'),
            'x/ccccccccccc_000050_000060.mp4': {}, 'y/ccccccccccc_000053_000063.mp4': {},
@@ -208,10 +208,6 @@ def write_tar(path, members: dict, filler=0):
             tar.add(file, name)
 
 
-def first_frame(clip) -> int:
-    return draw.read_stamp(decord.VideoReader(str(clip))[0].asnumpy()[..., ::-1])
-
-
 def report(root) -> list[list[str]]:
     return read_csv(root / 'reports/cut_kinetics_train.csv')[1:]
 
@@ -233,7 +229,7 @@ def two(tmp_path):
 def test_of_two_archives_with_one_clip_the_first_wins_whichever_ends_first(two, order, expected):
     names = {'1': '1.tar.gz', '2': '2.tar'}
     done = cut(two, two / 'root', '--num_workers=2', '--kinetics_archives', *(two / names[number] for number in order))
-    assert first_frame(two / 'root/videos/aaaaaaaaaaa_000103_000107.mp4') == expected
+    assert clip_frames(two / 'root/videos/aaaaaaaaaaa_000103_000107.mp4')[0] == expected
     assert report(two / 'root') == [['', '', 'not used, since an earlier archive has it too: aaaaaaaaaaa_000103_000107.mp4 of '
                                      + names[order[1]]]]
     assert '1 of 1 annotated keyframes' in done.stdout

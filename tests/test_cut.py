@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import cv2
 import decord
@@ -14,17 +13,13 @@ import numpy as np
 import pytest
 
 import draw
-from helpers import (REPO, SIZE, VARIANTS, annotation_rows, errors, number_times, numbered_source, read_csv, run,
-                      snapshot)
+from helpers import (REPO, SIZE, VARIANTS, annotation_rows, clip_frames, errors, number_times, numbered_source, read_csv, run,
+                     snapshot)
 
 # Kinetics-700 class names, with what shells and splitting at spaces stumble over
 CLASSES = ["massaging person's head", 'curling (sport)', 'passing American football (not in game)', 'zumba',
            'a; touch pwned', 'quote "this"', '$(touch pwned)', '-dash', 'per%cent %05d', 'ünïcode']
 START = 100  # seconds of the original at which every source starts
-
-
-def clip_frames(path: Path) -> list[int]:
-    return [draw.read_stamp(frame.asnumpy()[..., ::-1]) for frame in decord.VideoReader(str(path))]
 
 
 def video_id(index: int) -> str:

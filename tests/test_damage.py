@@ -3,12 +3,11 @@ import random
 import subprocess
 import tarfile
 
-import decord
 import pytest
 
 import damage
 import draw
-from helpers import annotation_rows, numbered_source, read_csv, run
+from helpers import annotation_rows, clip_frames, numbered_source, read_csv, run
 
 ONE_KEY_FRAME = dict(options=('-preset', 'medium', '-g', '250'))
 KEY_FRAME_A_SECOND = dict(options=('-preset', 'medium', '-g', '30', '-sc_threshold', '0'))
@@ -36,8 +35,7 @@ def cut(folder, sources: dict[str, tuple[bytes, int]], suffix='mp4', archive=Fal
 
 
 def numbers(folder, name) -> list[int]:
-    frames = decord.VideoReader(str(folder / f'root/videos/{name}.mp4'))
-    return [draw.read_stamp(frame.asnumpy()[..., ::-1]) for frame in frames]
+    return clip_frames(folder / f'root/videos/{name}.mp4')
 
 
 def drawn(folder, variant) -> bytes:

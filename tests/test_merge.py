@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sample_world
-from helpers import errors, fake_frames, numbered_source, read_csv, run, snapshot
+from helpers import errors, fake_frames, load, numbered_source, read_csv, run, snapshot
 
 CSV, PICKLE = 'annotations/ava_train_v2.2.csv', 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl'
 AVA_ROWS = '-5KQ66BBWC4,0902,0.100,0.200,0.300,0.400,12,0\nAVA_mov-1_x,1798,0.100,0.200,0.300,0.400,80,17\n'
@@ -32,11 +32,6 @@ def root(tmp_path):
 
 def merge(root, **kwargs):
     return run('merge_annotations.py', f'--avakinetics_root={root}', **kwargs)
-
-
-def load(path):
-    with open(path, 'rb') as file:
-        return pickle.load(file)
 
 
 def test_kinetics_rows_come_first_and_ava_wins(root):

@@ -14,14 +14,6 @@ from helpers import overlap, read_csv, snapshot
 WINDOWS = [(4, 16), (8, 8), (16, 4)]  # clip_len x frame_interval of MMAction2's AVA-Kinetics configs
 
 
-@pytest.fixture(scope='module')
-def prepared(tmp_path_factory):
-    """$MMACTION2 of a drawn world after the README's Steps 3 to 7, and all that they printed."""
-    mmaction2 = tmp_path_factory.mktemp('mmaction2')
-    sample_world.draw_world(mmaction2)
-    return mmaction2, demo.run_readme(mmaction2, show=False)
-
-
 def test_readme_commands_make_the_data_set(prepared):
     mmaction2, said = prepared
     root = mmaction2 / 'data/ava_kinetics'

@@ -9,8 +9,6 @@ import cv2
 import numpy as np
 import pytest
 
-import demo
-import sample_world
 from helpers import load, read_csv
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
@@ -23,12 +21,9 @@ PROBE = """<script>addEventListener('load', () => {
 })</script>"""
 
 
-@pytest.fixture(scope='module')
-def root(tmp_path_factory):
-    mmaction2 = tmp_path_factory.mktemp('mmaction2')
-    sample_world.draw_world(mmaction2)
-    demo.run_readme(mmaction2, show=False)
-    return mmaction2 / 'data/ava_kinetics'
+@pytest.fixture
+def root(prepared):
+    return prepared[0] / 'data/ava_kinetics'
 
 
 def test_numbers_are_those_of_the_files(root):

@@ -1,46 +1,14 @@
 """The route without raw frames and the validation split, up to MMAction2's own data set and metric."""
-import os
-import pickle
-import re
-import shutil
-from pathlib import Path
-
-import mmaction
 import numpy as np
 import pytest
-from mmengine import Config
 from mmengine.registry import init_default_scope
 
-import demo
 import draw
 import sample_world
-from helpers import REPO, TINY, overlap, read_csv, run, snapshot
+from helpers import load, overlap, read_csv, readme_config, snapshot
 
 SCENES = {video: (number, start, size, fps) for number, (video, start, fps, size, _) in enumerate(
     (video for videos in sample_world.SCENES.values() for video in videos), 1)}
-
-
-def load(path):
-    with open(path, 'rb') as file:
-        return pickle.load(file)
-
-
-@pytest.fixture(scope='module')
-def worlds(tmp_path_factory):
-    """$MMACTION2 prepared twice: data/with with raw frames by the README's commands, data/ava_kinetics without Step 4."""
-    mmaction2 = tmp_path_factory.mktemp('mmaction2')
-    sample_world.draw_world(mmaction2)
-    demo.run_readme(mmaction2, show=False)
-    (mmaction2 / 'data/ava_kinetics').rename(mmaction2 / 'data/with')
-    place = dict(cwd=mmaction2 / 'tools/data/ava_kinetics', env={**os.environ, 'MMACTION2': str(mmaction2)})
-    run('cut_kinetics.py', **place)
-    run('prepare_annotation.py', **place)
-    run('fetch_proposal.py', *TINY, **place)
-    shutil.copytree(mmaction2 / 'data/ava/annotations', mmaction2 / 'data/ava_kinetics/annotations')
-    run('merge_annotations.py', **place)
-    done = run('softlink_ava.py', **place)
-    assert 'all 12 have their frames: ready for training, the Kinetics part from its videos' in done.stdout
-    return mmaction2
 
 
 def test_same_rows_and_same_proposals_as_from_frames(worlds):
@@ -52,16 +20,6 @@ def test_same_rows_and_same_proposals_as_from_frames(worlds):
     assert ours.keys() == theirs.keys()
     for key, boxes in ours.items():
         assert len(boxes) == len(theirs[key]) and (overlap(boxes[:, :4], theirs[key][:, :4]).max(1) > 0.95).all()
-
-
-def readme_config(heading: str, number: int, folder: Path) -> Config:
-    """A python block of the README as a config of MMAction2's, its _base_ that of the installed package."""
-    section = (REPO / 'README.md').read_text().split(heading)[1].split('\n## ')[0]
-    block = re.findall(r'^```python\n(.*?)^```', section, re.M | re.S)[number]
-    assert "_base_ = 'configs/" in block
-    path = folder / f'config_{number}.py'
-    path.write_text(block.replace("_base_ = 'configs/", f"_base_ = '{mmaction.__path__[0]}/.mim/configs/"))
-    return Config.fromfile(path)
 
 
 def records(config, monkeypatch, mmaction2):
@@ -91,31 +49,6 @@ def test_windows_out_of_clips_show_the_right_moment(worlds, monkeypatch, tmp_pat
         people = draw.figure_boxes(scene, record['timestamp'] - start, size)
         height, width = record['imgs'][0].shape[:2]
         np.testing.assert_allclose(record['gt_bboxes'] / [width, height, width, height], people, atol=0.001)
-
-
-@pytest.fixture(scope='module')
-def validated(worlds):
-    """The drawn world again as the validation split, by the README's commands, into the root with raw frames."""
-    mmaction2 = worlds.parent / 'val'
-    shutil.copytree(worlds, mmaction2, symlinks=True)
-    shutil.rmtree(mmaction2 / 'data/ava_kinetics')
-    (mmaction2 / 'data/with').rename(mmaction2 / 'data/ava_kinetics')
-    kinetics, place = mmaction2 / 'data/kinetics700', mmaction2 / 'tools/data/ava_kinetics'
-    (kinetics / 'videos_train').rename(kinetics / 'videos_val')
-    swap = str.maketrans('A-', 'B_')  # other videos than those of the training split
-    for path in list((kinetics / 'videos_val').rglob('*.mp4')):
-        path.rename(path.with_name(path.name[:11].translate(swap) + path.name[11:]))
-    lines = (kinetics / 'kinetics700_train_list_videos.txt').read_text().splitlines()
-    (kinetics / 'kinetics700_val_list_videos.txt').write_text(''.join(
-        f'{Path(line).parent}/{Path(line).name[:11].translate(swap)}{Path(line).name[11:]}\n' for line in lines))
-    rows = (place / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').read_text().splitlines()
-    (place / 'ava_kinetics_v1_0/kinetics_val_v1.0.csv').write_text(''.join(
-        row[:11].translate(swap) + row[11:] + '\n' for row in rows))
-    before = snapshot(mmaction2 / 'data/ava_kinetics')
-    for line in demo.readme_commands('## The validation split')[0].strip().splitlines():
-        script, *options = line.replace('$CONFIG', TINY[0][9:]).replace('$CHECKPOINT', TINY[1][13:]).split()[1:]
-        run(script, *options, cwd=place, env={**os.environ, 'MMACTION2': str(mmaction2)})
-    return mmaction2, before
 
 
 def test_both_splits_live_side_by_side_and_avas_files_stay(validated):

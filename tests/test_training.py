@@ -9,7 +9,7 @@ from mmengine import Config
 from mmengine.runner import Runner
 
 import fetch_proposal
-from test_small_disk import readme_config, validated, worlds  # noqa: F401, fixtures
+from helpers import readme_config
 
 CONFIG = f'{mmaction.__path__[0]}/.mim/configs/detection/slowonly/slowonly_k400-pre-r50_8xb8-8x8x1-10e_ava-kinetics-rgb.py'
 
@@ -53,7 +53,7 @@ def build(config: Config) -> Runner:
 
 
 @pytest.mark.parametrize('route', ['raw frames', 'clips'])
-def test_slowonly_trains_and_validates(validated, tmp_path, monkeypatch, route):  # noqa: F811
+def test_slowonly_trains_and_validates(validated, tmp_path, monkeypatch, route):
     """From raw frames by MMAction2's config as it stands, from clips by the README's lines; then validated on AVA alone, on
     Kinetics alone and on both."""
     mmaction2, _ = validated
