@@ -675,7 +675,7 @@ def cut(args: argparse.Namespace, annotations: Path) -> None:
     keyframes, without_people, problems = read_keyframes(annotations)
     if keyframes.empty:
         first = f'; its first fault: {problems[0][2]}' if problems else ''
-        sys.exit(f'error: {annotations} holds no annotated keyframe{first}')
+        sys.exit(f'error: {annotations} holds no annotated keyframe{first}; do Step 2 again or set --avakinetics_anotation')
     videos, named = args.avakinetics_root / 'videos', set(keyframes.video.tolist())
     if not args.kinetics_archives:
         sources, malformed = read_sources(args.kinetics_list, named)

@@ -147,6 +147,8 @@ def prepare(args: argparse.Namespace, annotations: Path) -> None:
     table['second'] = table.timestamp.astype(int)  # MMAction2 names a keyframe so; real ones are 0 to 0.17 s later
     keyframes = table.loc[table.x1.notna(), ['video', 'second']].drop_duplicates()
     nobody = table.loc[table.x1.isna(), ['video', 'second']].drop_duplicates()
+    if keyframes.empty:
+        sys.exit(f'error: {annotations} holds no annotated keyframe; do Step 2 again or set --avakinetics_anotation')
     names = find_clips(root, set(keyframes.video))
     if not names:
         sys.exit(f'error: {root} holds no clip of the {keyframes.video.nunique()} videos annotated in {annotations}; '
