@@ -64,6 +64,8 @@ def write_detector(folder, family: str) -> list[str]:
     for name, value in weights.items():
         if family == 'YOLOX' and 'stem' in name and name.endswith('conv.weight'):
             value /= 300  # it takes pictures of 0 to 255, which untrained layers make ever larger
+        if name == 'level_embed':  # of DINO: not initialised, so that it may be anything, and no box is found
+            value.normal_()
         if classes in name and name.endswith('weight'):
             value *= spread
         if classes in name and name.endswith('bias'):
