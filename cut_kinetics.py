@@ -32,9 +32,9 @@ import tarfile
 import types
 import uuid
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -123,22 +123,23 @@ def read_annotations(path: Path):
     import numpy as np
     import pandas as pd
     tables, problems, count = [], [], 0
-    with open(path, encoding='utf-8-sig', errors='replace') as file:
-        while lines := file.readlines(BLOCK):
+    with open(path, 'rb') as file:
+        while block := file.read(BLOCK) + file.readline():
             try:
-                table = pd.read_csv(io.StringIO(''.join(lines)), header=None, names=['video', *NUMBERS], quoting=csv.QUOTE_NONE,
+                table = pd.read_csv(io.BytesIO(block), header=None, names=['video', *NUMBERS], quoting=csv.QUOTE_NONE,
                                     dtype={'video': str, **dict.fromkeys(NUMBERS, float)}, skip_blank_lines=False)
-                ids = [video for video in table.video.dropna().unique().tolist() if VIDEO_ID.fullmatch(video)]
-                named = table.video.isin(ids)
-                if not isinstance(table.index, pd.RangeIndex) or not (named | table.video.isna()).all():
+                if not isinstance(table.index, pd.RangeIndex) or not all(map(VIDEO_ID.fullmatch, table.video.unique().tolist())):
                     raise ValueError('more columns, quotes, spaces')
+                named, blank = table.video.notna(), table.video.isna()
             except (ValueError, TypeError):  # a line that is not of this form: each is taken apart
+                lines = io.TextIOWrapper(io.BytesIO(block), 'utf-8-sig', 'replace').readlines()
                 rows = [[field.strip().strip('"') or None for field in line.split(',')] for line in lines]
                 table = pd.DataFrame([row + [None] * (7 - len(row)) if len(row) in (2, 7) else [''] * 7 for row in rows],
                                      columns=['video', *NUMBERS])
                 numbers = table[NUMBERS].apply(pd.to_numeric, errors='coerce').astype(float)
                 table[NUMBERS] = numbers.mask(numbers.isna() & table[NUMBERS].notna(), -1)  # not a number
                 named = table.video.fillna('').str.fullmatch(VIDEO_ID)
+                blank = np.array([not line.strip() for line in lines])
             box, nobody = table[NUMBERS[1:5]], table[NUMBERS[1:]].isna().all(axis=1)
             inside = ((box >= 0) & (box <= 1)).all(axis=1) & (table.x1 < table.x2) & (table.y1 < table.y2)
             faults = [('not 7 or 2 columns that begin with a video id', ~named),
@@ -147,19 +148,21 @@ def read_annotations(path: Path):
                       ('not an action of 1 to 80', ~(table.action.between(1, 80) & (table.action % 1 == 0) | nobody))]
             reasons = np.select([wrong for _, wrong in faults], [reason for reason, _ in faults], '')
             problems += [('', '', f'malformed annotation: line {count + index + 1}: {reasons[index]}')
-                         for index in np.flatnonzero(reasons) if lines[index].strip()]
+                         for index in np.flatnonzero((reasons != '') & ~blank)]
             tables.append(table[reasons == ''])
-            count += len(lines)
+            count += len(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=['video', *NUMBERS]), problems
 
 
 def read_keyframes(path: Path):
     """The annotated seconds as a DataFrame of video and second, the number of those without people, and report rows."""
+    import pandas as pd
     table, problems = read_annotations(path)
     table['second'] = table.timestamp.astype(int)  # MMAction2 names a keyframe so; real ones are 0 to 0.17 s later
-    people = table.x1.notna()
-    keyframes = table.loc[people, ['video', 'second']].drop_duplicates(ignore_index=True)
-    return keyframes, len(table[['video', 'second']].drop_duplicates()) - len(keyframes), problems
+    people, names = table.x1.notna(), ['video', 'second']
+    keyframes = table.loc[people, names].drop_duplicates(ignore_index=True)
+    seconds = pd.concat([keyframes, table.loc[~people, names]]).drop_duplicates()
+    return keyframes, len(seconds) - len(keyframes), problems
 
 
 def read_sources(path: Path, videos: set[str]):
@@ -187,9 +190,10 @@ def find_holders(keyframes, sources):
     return holders.sort_values('rank', kind='stable')
 
 
-def clip_range(start: int, end: int, first: int, last: int) -> tuple[int, int]:
+def clip_range(start, end, first, last):
     """Seconds [start, end) of the original to keep for keyframes first to last: two around them, within the source's."""
-    return max(start, first - CONTEXT_S), min(end, last + CONTEXT_S)
+    import numpy as np
+    return np.maximum(start, first - CONTEXT_S), np.minimum(end, last + CONTEXT_S)
 
 
 def clip_name(video: str, start: int, end: int) -> str:
@@ -199,10 +203,9 @@ def clip_name(video: str, start: int, end: int) -> str:
 def name_clips(held, sources):
     """The sources of these keyframes, with the clip that covers them: its start and length (s) and its name."""
     spans = sources.join(held.groupby('source').second.agg(['min', 'max']), how='inner')
-    ranges = [clip_range(*row) for row in spans[['start', 'end', 'min', 'max']].itertuples(index=False)]
-    return spans.assign(offset=[first - start for (first, _), start in zip(ranges, spans.start)],
-                        seconds=[last - first for first, last in ranges],
-                        name=[clip_name(video, *span) for video, span in zip(spans.video, ranges)])
+    first, last = clip_range(spans.start, spans.end, spans['min'], spans['max'])
+    return spans.assign(offset=first - spans.start, seconds=last - first,
+                        name=[clip_name(*clip) for clip in zip(spans.video.tolist(), first.tolist(), last.tolist())])
 
 
 def plan_clips(keyframes, sources):
@@ -558,8 +561,8 @@ def cut_list(args: argparse.Namespace, keyframes, sources) -> tuple[set[str], in
             break
         tried.update(zip(left.name, left.path))
         if not args.overwrite:
-            with ThreadPoolExecutor(16) as threads:  # which a slow file server answers together
-                left = left[[not done for done in threads.map(is_done, left.path, left.name)]]
+            with ThreadPool(16) as threads:  # which a slow file server answers together
+                left = left[[not done for done in threads.starmap(is_done, zip(left.path, left.name), 64)]]
         items = [(path, folders, offset, seconds, name, args)
                  for path, offset, seconds, name in left[['path', 'offset', 'seconds', 'name']].itertuples(index=False)]
         with contextlib.closing(run_all(cut_listed, items, args)) as answers:

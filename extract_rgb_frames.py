@@ -60,14 +60,18 @@ def count_frames(clip: str) -> int:
 
 def is_complete(clip: str, root: Path) -> bool:
     """Whether a clip has all its frames, none of them empty or older than the clip."""
-    names = {f'img_{index:05d}.jpg' for index in range(1, count_frames(clip) + 1)}
     try:
         cut = os.stat(root / f'videos/{clip}.mp4').st_mtime
-        with os.scandir(root / 'rawframes' / clip) as entries:
-            frames = [entry.stat() for entry in entries if entry.name in names]
+        folder = os.open(root / 'rawframes' / clip, os.O_RDONLY)
     except OSError:
         return False
-    return len(frames) == len(names) and all(frame.st_size and frame.st_mtime >= cut for frame in frames)
+    try:
+        frames = (os.stat(f'img_{index:05d}.jpg', dir_fd=folder) for index in range(1, count_frames(clip) + 1))
+        return all(frame.st_size and frame.st_mtime >= cut for frame in frames)
+    except OSError:
+        return False
+    finally:
+        os.close(folder)
 
 
 def find_complete(clips: list[str], root: Path) -> list[str]:

@@ -18,7 +18,7 @@ import os
 import re
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from tqdm import tqdm
@@ -55,22 +55,23 @@ def read_annotations(path: Path):
     import numpy as np
     import pandas as pd
     tables, problems, count = [], [], 0
-    with open(path, encoding='utf-8-sig', errors='replace') as file:
-        while lines := file.readlines(BLOCK):
+    with open(path, 'rb') as file:
+        while block := file.read(BLOCK) + file.readline():
             try:
-                table = pd.read_csv(io.StringIO(''.join(lines)), header=None, names=['video', *NUMBERS], quoting=csv.QUOTE_NONE,
+                table = pd.read_csv(io.BytesIO(block), header=None, names=['video', *NUMBERS], quoting=csv.QUOTE_NONE,
                                     dtype={'video': str, **dict.fromkeys(NUMBERS, float)}, skip_blank_lines=False)
-                ids = [video for video in table.video.dropna().unique().tolist() if VIDEO_ID.fullmatch(video)]
-                named = table.video.isin(ids)
-                if not isinstance(table.index, pd.RangeIndex) or not (named | table.video.isna()).all():
+                if not isinstance(table.index, pd.RangeIndex) or not all(map(VIDEO_ID.fullmatch, table.video.unique().tolist())):
                     raise ValueError('more columns, quotes, spaces')
+                named, blank = table.video.notna(), table.video.isna()
             except (ValueError, TypeError):  # a line that is not of this form: each is taken apart
+                lines = io.TextIOWrapper(io.BytesIO(block), 'utf-8-sig', 'replace').readlines()
                 rows = [[field.strip().strip('"') or None for field in line.split(',')] for line in lines]
                 table = pd.DataFrame([row + [None] * (7 - len(row)) if len(row) in (2, 7) else [''] * 7 for row in rows],
                                      columns=['video', *NUMBERS])
                 numbers = table[NUMBERS].apply(pd.to_numeric, errors='coerce').astype(float)
                 table[NUMBERS] = numbers.mask(numbers.isna() & table[NUMBERS].notna(), -1)  # not a number
                 named = table.video.fillna('').str.fullmatch(VIDEO_ID)
+                blank = np.array([not line.strip() for line in lines])
             box, nobody = table[NUMBERS[1:5]], table[NUMBERS[1:]].isna().all(axis=1)
             inside = ((box >= 0) & (box <= 1)).all(axis=1) & (table.x1 < table.x2) & (table.y1 < table.y2)
             faults = [('not 7 or 2 columns that begin with a video id', ~named),
@@ -79,9 +80,9 @@ def read_annotations(path: Path):
                       ('not an action of 1 to 80', ~(table.action.between(1, 80) & (table.action % 1 == 0) | nobody))]
             reasons = np.select([wrong for _, wrong in faults], [reason for reason, _ in faults], '')
             problems += [('', '', f'malformed annotation: line {count + index + 1}: {reasons[index]}')
-                         for index in np.flatnonzero(reasons) if lines[index].strip()]
+                         for index in np.flatnonzero((reasons != '') & ~blank)]
             tables.append(table[reasons == ''])
-            count += len(lines)
+            count += len(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=['video', *NUMBERS]), problems
 
 
@@ -153,8 +154,8 @@ def prepare(args: argparse.Namespace, annotations: Path) -> None:
     if not names:
         sys.exit(f'error: {root} holds no clip of the {keyframes.video.nunique()} videos annotated in {annotations}; '
                  'do Step 3 (cut_kinetics.py) first')
-    with ThreadPoolExecutor(args.num_workers) as threads:
-        look = threads.map(functools.partial(missing_frames, root), names)
+    with ThreadPool(args.num_workers) as threads:
+        look = threads.imap(functools.partial(missing_frames, root), names, 64)
         raw, problems = zip(*tqdm(look, total=len(names), desc='check', unit='clip', delay=1))
     clips = pd.DataFrame(dict(clip=names, video=[name[:-14] for name in names], start=[int(name[-13:-7]) for name in names],
                               end=[int(name[-6:]) for name in names], raw=raw, problem=problems))

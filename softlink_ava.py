@@ -19,7 +19,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ ARRAY_PARTS = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode'),
                *((f'numpy.{core}.{module}', name) for core in ('core', '_core')
                  for module, name in (('multiarray', '_reconstruct'), ('numeric', '_frombuffer')))}
 BOX = ['x1', 'y1', 'x2', 'y2']
-PARTS = ['AVA', 'Kinetics', 'both']
+COLUMNS = ['clip', 'second', *BOX, 'action', 'entity']
 SHOWN = 30  # keyframes on the page, a third of them those that the proposals miss most
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -46,7 +46,8 @@ body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 75rem; mar
 h1, h2 {{ line-height: 1.2 }} img {{ width: 100%; height: auto; display: block }} figure {{ margin: 0 }}
 .grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem }}
 .wide {{ overflow-x: auto }} table {{ border-collapse: collapse }} td, th {{ padding: .2rem .8rem .2rem 0; text-align: left }}
-tr {{ border-bottom: 1px solid #ddd }} figcaption {{ font-size: .85rem; overflow-wrap: anywhere }}
+tbody th {{ font-weight: normal }} tr {{ border-bottom: 1px solid #ddd }}
+figcaption {{ font-size: .85rem; overflow-wrap: anywhere }}
 </style></head><body>
 <h1>AVA-Kinetics, training part</h1>{numbers}
 <h2>What came in</h2>{came}<h2>What was left out</h2>{reasons}
@@ -84,18 +85,25 @@ def link_folder(source: Path, link: Path) -> str:
     return outcome
 
 
-def read_annotated(path: Path) -> tuple[dict[str, set[int]], int, list[tuple]]:
-    """The annotated seconds of every clip and AVA video in the merged annotations, how many lines these have, and report
-    rows on malformed ones."""
-    seconds, number, problems = {}, 0, []
-    with open(path, errors='replace') as file:
-        for number, line in enumerate(file, 1):
-            row = line.split(',')
-            if len(row) == 8 and NAME.fullmatch(row[0]) and row[1].isdecimal():
-                seconds.setdefault(row[0], set()).add(int(row[1]))
-            else:
-                problems.append((f'line {number} of {path.name}', 'malformed row: training stops at it'))
-    return seconds, number, problems
+def read_annotations(path: Path):
+    """The rows that MMAction2 can read as a DataFrame of COLUMNS, and report rows on the other lines."""
+    import pandas as pd
+    try:  # more columns than eight are not read
+        table = pd.read_csv(path, header=None, names=COLUMNS, usecols=range(8), dtype={'clip': str}, na_filter=False,
+                            skip_blank_lines=False, quoting=csv.QUOTE_NONE, encoding_errors='replace', low_memory=False)
+    except pd.errors.EmptyDataError:
+        table = pd.DataFrame(columns=COLUMNS, dtype=str)
+    table[COLUMNS[1:]] = table[COLUMNS[1:]].apply(pd.to_numeric, errors='coerce').astype(float)
+    good = table['clip'].str.fullmatch(NAME.pattern) & np.isfinite(table[COLUMNS[1:]]).all(axis=1)
+    problems = [(f'line {index + 1} of {path.name}', 'malformed row: training stops at it') for index in table.index[~good]]
+    return table[good].astype(dict(second=int, action=int)), problems
+
+
+def is_there(file: str) -> bool:
+    try:
+        return os.stat(file).st_size > 0
+    except OSError:
+        return False
 
 
 def missing_frames(folder: Path, seconds: set[int]) -> str | None:
@@ -105,14 +113,7 @@ def missing_frames(folder: Path, seconds: set[int]) -> str | None:
     name = CLIP_NAME.fullmatch(folder.name)
     wanted = (range(1, (int(name['end']) - int(name['start'])) * FPS + 1) if name
               else [(second - AVA_START_S) * FPS + 1 for second in sorted(seconds)])
-
-    def is_there(index: int) -> bool:
-        try:
-            return os.stat(f'{folder}/img_{index:05d}.jpg').st_size > 0
-        except OSError:
-            return False
-
-    missing = [index for index in wanted if not is_there(index)]
+    missing = [index for index in wanted if not is_there(f'{folder}/img_{index:05d}.jpg')]
     return f'frames missing or empty: {len(missing)} of {len(wanted)}, first img_{missing[0]:05d}.jpg' if missing else None
 
 
@@ -236,88 +237,46 @@ def draw_keyframe(image, rows, found, actions: dict[int, str]) -> str:
     return data_url(figure, 'jpg')
 
 
-def draw_bars(title: str, series: dict[str, dict], across: bool = False) -> str:
-    """Bars of one or more series {name: {label: value}}, as a picture's address."""
+def draw_bars(title: str, table, **options) -> str:
+    """A DataFrame as bars, one series for each column, as a picture's address."""
     from matplotlib.figure import Figure
-    labels = list(dict.fromkeys(label for values in series.values() for label in values))
-    figure = Figure(figsize=(5, 0.6 + 0.19 * len(labels)) if across else (5, 2.8), layout='constrained')
-    axes = figure.add_subplot()
-    places, share = np.arange(len(labels)), 0.8 / max(1, len(series))
-    for index, (name, values) in enumerate(series.items()):
-        (axes.barh if across else axes.bar)(places + share * (index + 0.5) - 0.4, [values.get(label, 0) for label in labels],
-                                            share, label=name)
-    (axes.set_yticks if across else axes.set_xticks)(places, labels, fontsize=8, rotation=0 if across else 30)
-    if across:
-        axes.invert_yaxis()
-        axes.set_xscale('symlog')
+    figure = Figure(figsize=(5, 0.6 + 0.19 * len(table)) if options.get('kind') == 'barh' else (5, 2.8), layout='constrained')
+    axes = table.plot(ax=figure.add_subplot(), **dict(kind='bar', width=0.8, rot=30, fontsize=8, legend=False) | options)
+    axes.set(xlabel='', ylabel='')
     axes.set_title(title, fontsize=10)
-    if len(series) > 1:
-        figure.legend(loc='outside lower center', ncols=len(series), fontsize=8)
+    if table.shape[1] > 1:
+        figure.legend(loc='outside lower center', ncols=table.shape[1], fontsize=8)
     return data_url(figure, 'svg')
-
-
-def shares(values, edges: list) -> dict[str, float]:
-    """Which share of the values lies below each edge and not below the one before."""
-    counts, _ = np.histogram(values, [-np.inf, *edges, np.inf])
-    names = [f'below {edges[0]:g}', *(f'{a:g} to {b:g}' for a, b in zip(edges, edges[1:])), f'{edges[-1]:g} or more']
-    return dict(zip(names, counts / max(1, counts.sum())))
-
-
-def read_table(path: Path):
-    """The well-formed rows of merged annotations: clip, second, x1, y1, x2, y2, action."""
-    import pandas as pd
-    names = ['clip', 'second', *BOX, 'action']
-    table = pd.read_csv(path, header=None, names=names, usecols=range(7), dtype=str, on_bad_lines='skip',
-                        encoding_errors='replace', quoting=csv.QUOTE_NONE)
-    table[names[1:]] = table[names[1:]].apply(pd.to_numeric, errors='coerce')
-    table = table.dropna().astype({'second': int, 'action': int})
-    return table[table['clip'].str.fullmatch(NAME.pattern)]
-
-
-def of_part(rows, part: str):
-    """The rows of AVA, of Kinetics or of both."""
-    return rows if part == 'both' else rows[(rows['clip'].str.len() > 11) == (part == 'Kinetics')]
-
-
-def describe(table, boxes, keyframes) -> dict[str, str]:
-    """The numbers of one part."""
-    count = max(1, len(keyframes))
-    return {'clips or movies': f'{keyframes["clip"].nunique():,}', 'keyframes': f'{len(keyframes):,}',
-            'boxes': f'{len(boxes):,}', 'annotations': f'{len(table):,}', 'boxes a keyframe': f'{len(boxes) / count:.2f}',
-            'proposals a keyframe': f'{keyframes.proposals.sum() / count:.2f}',
-            'keyframes without a proposal': f'{(keyframes.proposals == 0).sum():,}',
-            'recall at IoU 0.5': f'{(boxes.best >= 0.5).sum() / max(1, len(boxes)):.1%}',
-            'recall at IoU 0.75': f'{(boxes.best >= 0.75).sum() / max(1, len(boxes)):.1%}'}
 
 
 def draw_plots(root: Path, table, boxes, keyframes, actions: dict[int, str]) -> list[str]:
     """Plots of boxes, people, clips and actions, as pictures' addresses."""
-    people, heights, frequencies = {}, {}, {}
-    for part in PARTS:
-        ours = of_part(boxes, part)
-        heights[part] = shares(ours.y2 - ours.y1, [0.2, 0.4, 0.6, 0.8])
-        counts = of_part(keyframes, part).boxes.clip(upper=5)
-        people[part] = {'5 or more' if n == 5 else str(n): (counts == n).sum() / max(1, len(counts)) for n in range(1, 6)}
-        frequencies[part] = {f'{actions.get(number, "")} {number}'.strip(): count
-                             for number, count in of_part(table, part).action.value_counts().items()}
-    clips = sorted(set(of_part(keyframes, 'Kinetics')['clip']))
-    lengths = Counter(int(clip[-6:]) - int(clip[-13:-7]) for clip in clips)
-    sizes = Counter()
-    for clip in clips[::max(1, len(clips) // 200)]:
-        image = read_keyframe(root, clip, int(clip[12:18]))
-        if image is not None:
-            sizes[f'{image.shape[1]}x{image.shape[0]}'] += 1
-    return [draw_bars('Height of the boxes, of the frame: share of the boxes', heights),
-            draw_bars('People on a keyframe: share of the keyframes', people),
-            draw_bars('Length of the Kinetics clips, s', {'clips': dict(sorted(lengths.items()))}),
-            draw_bars(f'Size of the Kinetics clips, of {sizes.total()} of them', {'clips': dict(sizes.most_common(8))}),
-            draw_bars('Annotations by action', frequencies, across=True)]
+    import pandas as pd
+
+    def count(values, rows, **options):  # a column each for AVA, Kinetics and both
+        return pd.crosstab(values, rows.part, margins=True, margins_name='both', dropna=False, **options)
+
+    heights = pd.cut(boxes.y2 - boxes.y1, [0, 0.2, 0.4, 0.6, 0.8, np.inf], right=False,
+                     labels=['below 0.2', '0.2 to 0.4', '0.4 to 0.6', '0.6 to 0.8', '0.8 or more'])
+    people = keyframes.boxes.astype(str).where(keyframes.boxes < 5, '5 or more')
+    names = table.action.map(lambda number: f'{actions.get(number, "")} {number}'.strip())
+    clips = keyframes.loc[keyframes.part == 'Kinetics', 'clip'].drop_duplicates()
+    lengths = (clips.str[-6:].astype(int) - clips.str[-13:-7].astype(int)).value_counts().sort_index()
+    images = [read_keyframe(root, clip, int(clip[12:18])) for clip in clips[::max(1, len(clips) // 200)]]
+    sizes = pd.Series([f'{image.shape[1]}x{image.shape[0]}' for image in images if image is not None], dtype=str).value_counts()
+    frequencies = count(names, table).drop('both').sort_values('both')
+    plots = [('Height of the boxes, of the frame: share of the boxes', count(heights, boxes, normalize='columns'), {}),
+             ('People on a keyframe: share of the keyframes', count(people, keyframes, normalize='columns'), {}),
+             ('Length of the Kinetics clips, s', lengths.to_frame(), {}),
+             (f'Size of the Kinetics clips, of {sizes.sum()} of them', sizes[:8].to_frame(), {}),
+             ('Annotations by action', frequencies, dict(kind='barh', logx='sym', rot=0))]
+    return [draw_bars(title, rows, **options) for title, rows, options in plots if len(rows)]
 
 
 def draw_sheet(root: Path, table, keyframes, proposals: dict, actions: dict[int, str]) -> str:
     """Keyframes as HTML: those that the proposals miss most, and others evenly chosen."""
     worst = keyframes[keyframes.worst < 0.5].nsmallest(SHOWN // 3, 'worst')
-    places = np.unique(np.linspace(0, len(keyframes) - 1, SHOWN - len(worst)).astype(int)) if len(keyframes) else []
+    places = np.unique(np.linspace(0, len(keyframes) - 1, SHOWN - len(worst)).astype(int))
     sheet = ''
     for title, chosen in ('Boxes that no proposal meets', worst), ('Keyframes, evenly chosen', keyframes.iloc[places]):
         sheet += f'<h2>{title}</h2><div class="grid">' + ('' if len(chosen) else '<p>None.</p>')
@@ -332,50 +291,61 @@ def draw_sheet(root: Path, table, keyframes, proposals: dict, actions: dict[int,
     return sheet
 
 
-def count_reasons(reports: Path) -> list[tuple]:
-    """What the reports of the training part say: step, reason and how often."""
+def count_reasons(reports: Path):
+    """What the reports of the training part say, as a DataFrame: step, reason and how often."""
     import pandas as pd
-    reasons = []
+    counts = [pd.DataFrame([], columns=['step', 'left out because', 'count'])]
     for report in sorted(path for path in reports.glob('*.csv') if not path.stem.endswith('_val')):
         rows = pd.read_csv(report, dtype=str, encoding_errors='replace')
         if 'reason' in rows:
-            reasons += [(report.stem, reason, f'{count:,}') for reason, count in
-                        Counter(str(reason).split(':')[0] for reason in rows.reason).most_common()]
-    return reasons
+            reasons = rows.reason.str.split(':').str[0].value_counts()
+            counts.append(pd.DataFrame({'step': report.stem, 'left out because': reasons.index, 'count': reasons.to_numpy()}))
+    return pd.concat(counts)
 
 
-def to_html(head: list, rows: list) -> str:
-    """A table."""
-    return '<div class="wide"><table><tr>{}</tr>{}</table></div>'.format(
-        ''.join(f'<th>{cell}</th>' for cell in head),
-        ''.join('<tr>{}</tr>'.format(''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)) for row in rows))
+def describe(table, boxes, keyframes):
+    """The numbers of AVA, of Kinetics and of both, as a DataFrame of text."""
+    import pandas as pd
+    rows, each, frames = (pd.concat([part, part.assign(part='both')]).groupby('part') for part in (table, boxes, keyframes))
+    return pd.DataFrame({
+        'clips or movies': frames['clip'].nunique().map('{:,}'.format),
+        'keyframes': frames.size().map('{:,}'.format),
+        'boxes': each.size().map('{:,}'.format),
+        'annotations': rows.size().map('{:,}'.format),
+        'boxes a keyframe': (each.size() / frames.size()).map('{:.2f}'.format),
+        'proposals a keyframe': frames.proposals.mean().map('{:.2f}'.format),
+        'keyframes without a proposal': frames.bare.sum().map('{:,}'.format),
+        'recall at IoU 0.5': each.met.mean().map('{:.1%}'.format),
+        'recall at IoU 0.75': each.met_well.mean().map('{:.1%}'.format)}).T
 
 
 def list_names(folder: Path) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
 
 
-def write_page(root: Path, annotations: Path, proposals: dict) -> None:
+def write_page(root: Path, table, proposals: dict) -> None:
     """Write ROOT/report.html: what came in, what was left out, what the data set is like, and keyframes to look at."""
+    import pandas as pd
     labels = root / 'annotations' / NEEDED[0]
     text = labels.read_text(errors='replace') if labels.is_file() else ''
     actions = {int(number): name for name, number in re.findall(r'name: "(.*)"\s+(?:label_)?id: (\d+)', text)}
-    table = read_table(annotations)
+    table = table.assign(part=np.where(table['clip'].str.len() > 11, 'Kinetics', 'AVA'))
     boxes = table.drop_duplicates(['clip', 'second', *BOX], ignore_index=True)
     boxes['best'] = best_overlaps(boxes, proposals)
-    keyframes = boxes.groupby(['clip', 'second']).best.agg(boxes='size', worst='min').reset_index()
+    boxes = boxes.assign(met=boxes.best >= 0.5, met_well=boxes.best >= 0.75)
+    keyframes = boxes.groupby(['clip', 'second', 'part']).best.agg(boxes='size', worst='min').reset_index()
     keyframes['proposals'] = [len(proposals.get(f'{clip[:11]},{second:04d}', ()))
                               for clip, second in zip(keyframes['clip'], keyframes.second)]
-    numbers = {part: describe(*(of_part(rows, part) for rows in (table, boxes, keyframes))) for part in PARTS}
-    came = [('clips in videos/', f'{sum(name.endswith(".mp4") for name in list_names(root / "videos")):,}'),
-            ('clips with raw frames', f'{sum(bool(CLIP_NAME.fullmatch(name)) for name in list_names(root / "rawframes")):,}'),
-            ('frames with proposals', f'{len(proposals):,}')]
+    keyframes['bare'] = keyframes.proposals == 0
+    came = {'clips in videos/': sum(name.endswith('.mp4') for name in list_names(root / 'videos')),
+            'clips with raw frames': sum(bool(CLIP_NAME.fullmatch(name)) for name in list_names(root / 'rawframes')),
+            'frames with proposals': len(proposals)}
+    tables = dict(numbers=describe(table, boxes, keyframes), came=pd.DataFrame({'count': came}),
+                  reasons=count_reasons(root / 'reports').set_index('step'))
     page = root / 'report.html'
     unfinished = page.with_name(f'.{page.name}.part')
     unfinished.write_text(PAGE.format(
-        numbers=to_html(['', *PARTS], [(name, *(numbers[part][name] for part in PARTS)) for name in numbers['both']]),
-        came=to_html(['what', 'count'], came),
-        reasons=to_html(['step', 'left out because', 'count'], count_reasons(root / 'reports')),
+        **{name: f'<div class="wide">{rows.to_html(border=0, index_names=False)}</div>' for name, rows in tables.items()},
         plots=''.join(f'<figure><img alt="" src="{plot}"></figure>'
                       for plot in draw_plots(root, table, boxes, keyframes, actions)),
         sheet=draw_sheet(root, table, keyframes, proposals, actions)), errors='replace')
@@ -389,12 +359,14 @@ def check(root: Path) -> None:
     annotations = root / 'annotations/ava_train_v2.2.csv'
     if not annotations.is_file():
         sys.exit(f'error: {annotations} not found, so the data set cannot be checked; do Step 7 (merge_annotations.py)')
-    annotated, total, rows = read_annotated(annotations)
+    table, rows = read_annotations(annotations)
+    total, read = len(table) + len(rows), [table]
     validated = root / 'annotations/ava_val_v2.2.csv'  # which training reads after the first epoch
     if validated.is_file():
-        seconds, _, problems = read_annotated(validated)
+        others, problems = read_annotations(validated)
         rows += problems
-        annotated |= {name: annotated.get(name, set()) | found for name, found in seconds.items()}
+        read.append(others)
+    annotated = {name: set(seconds) for name, seconds in pd.concat(read).groupby('clip').second}
     clips = {name for name in annotated if CLIP_NAME.fullmatch(name)}
     raw = any((root / 'rawframes' / clip).is_dir() for clip in clips)  # else training reads the clips themselves
     rows += missing_files(root, bool(clips))
@@ -407,11 +379,9 @@ def check(root: Path) -> None:
             return missing_in_video(root / f'videos/{name}.mp4')
         return missing_frames(root / 'rawframes' / name, annotated[name])
 
-    with ThreadPoolExecutor(16) as threads:  # which a slow file server answers together
-        for name, problem in zip(annotated, tqdm(threads.map(look, annotated), total=len(annotated), desc='check', unit='clip',
-                                                 delay=1)):
-            if problem:
-                rows.append((name, problem))
+    with ThreadPool(16) as threads:  # which a slow file server answers together
+        answers = tqdm(threads.imap(look, annotated, 16), total=len(annotated), desc='check', unit='clip', delay=1)
+        rows += [(name, problem) for name, problem in zip(annotated, answers) if problem]
     report = root / 'reports/softlink_ava.csv'
     report.parent.mkdir(exist_ok=True)
     part = report.with_name(f'.{report.name}.part')
@@ -423,7 +393,8 @@ def check(root: Path) -> None:
         example = next(name for name, why in rows if why.split(':')[0] == reason)
         print(f'  {count} not complete: {reason}, such as {example}')
     try:
-        write_page(root, annotations, proposals or {})
+        if len(table):
+            write_page(root, table, proposals or {})
     except (ImportError, ValueError, KeyError, TypeError) as error:  # odd files in reports/, no matplotlib
         print(f'  no report.html: {type(error).__name__}: {error}'.split('\n')[0])
     if rows:

@@ -67,7 +67,7 @@ def read_datalist(data: bytes) -> None:
         assert key == f'{clip[:11]},{second:04d}' and int(clip[12:18]) <= second < int(clip[19:25])
     rows = merge_annotations.read_rows(FILE, merge_annotations.CLIP, [])
     assert all(re.match(merge_annotations.CLIP + ',', row) for row in rows)
-    softlink_ava.read_annotated(FILE)
+    softlink_ava.read_annotations(FILE)
 
 
 def read_proposals(data: bytes) -> None:
@@ -75,7 +75,7 @@ def read_proposals(data: bytes) -> None:
     with contextlib.suppress(SystemExit):
         for key, boxes in merge_annotations.read_proposals(FILE, []).items():
             assert isinstance(key, str) and boxes.dtype.kind == 'f' and np.isfinite(boxes).all()
-    softlink_ava.count_proposals(FILE)
+    softlink_ava.read_proposals(FILE)
 
 
 def read_detections(data: bytes) -> None:

@@ -31,7 +31,7 @@ def test_numbers_are_those_of_the_files(root):
     rows = read_csv(root / 'annotations/ava_train_v2.2.csv')
     kinetics = [row for row in rows if len(row[0]) > 11]
     boxes = {tuple(row[:6]) for row in rows}
-    lines = [re.findall(r'<td>(.*?)</td>', line) for line in re.findall(r'<tr>.*?</tr>', page)]
+    lines = [re.findall(r'<t[hd]>(.*?)</t[hd]>', line) for line in re.findall(r'<tr>.*?</tr>', page, re.S)]
     cells = {line[0]: line[1:] for line in lines if line}
     proposals = load(root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl')
     assert cells['annotations'] == [str(len(rows) - len(kinetics)), str(len(kinetics)), str(len(rows))]
