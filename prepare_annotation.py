@@ -60,7 +60,8 @@ def read_annotations(path: Path):
             try:
                 table = pd.read_csv(io.BytesIO(block), header=None, names=['video', *NUMBERS], quoting=csv.QUOTE_NONE,
                                     dtype={'video': str, **dict.fromkeys(NUMBERS, float)}, skip_blank_lines=False)
-                if not isinstance(table.index, pd.RangeIndex) or not all(map(VIDEO_ID.fullmatch, table.video.unique().tolist())):
+                ids = table.video.unique().tolist()
+                if not isinstance(table.index, pd.RangeIndex) or not all(map(VIDEO_ID.fullmatch, ids)):
                     raise ValueError('more columns, quotes, spaces')
                 named, blank = table.video.notna(), table.video.isna()
             except (ValueError, TypeError):  # a line that is not of this form: each is taken apart

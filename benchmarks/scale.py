@@ -37,8 +37,8 @@ def make(folder: Path, clips: int) -> None:
     proposals = {f'{name},{second:04d}': np.full((2, 5), 0.9) for name in names for second in (4, 5, 6)}
     (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps(proposals))
     (root / 'annotations/ava_train_v2.2.csv').write_text('-5KQ66BBWC4,0902,0.1,0.1,0.5,0.9,12,0\n')
-    for name in ('ava_action_list_v2.2_for_activitynet_2019.pbtxt', 'ava_train_excluded_timestamps_v2.2.csv', 'ava_val_v2.2.csv',
-                 'ava_val_excluded_timestamps_v2.2.csv', 'ava_dense_proposals_val.FAIR.recall_93.9.pkl'):
+    for name in ('ava_action_list_v2.2_for_activitynet_2019.pbtxt', 'ava_train_excluded_timestamps_v2.2.csv',
+                 'ava_val_v2.2.csv', 'ava_val_excluded_timestamps_v2.2.csv', 'ava_dense_proposals_val.FAIR.recall_93.9.pkl'):
         (root / 'annotations' / name).touch()
     (root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(
         pickle.dumps({'-5KQ66BBWC4,0902': np.full((1, 5), 0.9)}))
