@@ -170,7 +170,7 @@ def run_all(function: Callable, items: list[tuple], args: argparse.Namespace) ->
                 yield item, answer, None
         except BrokenProcessPool:
             sys.exit('error: a worker process was killed, as it happens when memory runs out; use fewer with --num_workers, '
-                     'then the same command continues')
+                     'then run the same command again')
         return
     try:
         from distributed import CancelledError, Client, KilledWorker, as_completed
@@ -195,7 +195,7 @@ def run_all(function: Callable, items: list[tuple], args: argparse.Namespace) ->
             except KilledWorker:
                 yield item, None, 'given up: the workers of the cluster that had it were killed'
             except (CancelledError, CommClosedError):
-                sys.exit(f'error: the Dask scheduler at {args.dask_scheduler} went away; the same command continues')
+                sys.exit(f'error: the Dask scheduler at {args.dask_scheduler} went away; run the same command again')
             for item in islice(waiting, 1):
                 future = client.submit(function, *item, pure=False)
                 todo[future] = item
@@ -249,9 +249,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         extract(args, root, files, clips)
     except OSError as error:  # a full disk, missing permissions
-        sys.exit(f'error: {error}; fix it, then the same command continues')
+        sys.exit(f'error: {error}; fix it, then run the same command again')
     except KeyboardInterrupt:
-        print('interrupted; the same command continues', file=sys.stderr)
+        print('interrupted; run the same command again', file=sys.stderr)
         sys.exit(130)
 
 

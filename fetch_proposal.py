@@ -8,14 +8,13 @@ score, relative to the frame, score > 0.7. A frame without people has no key. Fr
 ROOT/reports/fetch_proposal_train.csv.
 
 Detections are kept frame by frame in kinetics_proposal.pkl.frames.jsonl: run the same command again to continue after an
-interruption, or a similar one to detect only what is new.
+interruption, or one with a longer list to detect only what is new.
 
     python3 fetch_proposal.py --avakinetics_root=$MMACTION2/data/ava_kinetics \\
         --datalist=$MMACTION2/data/ava_kinetics/kinetics_train.csv \\
         --picklepath=$MMACTION2/data/ava_kinetics/kinetics_proposal.pkl
 """
 import argparse
-import copy
 import csv
 import fcntl
 import functools
@@ -35,6 +34,7 @@ import warnings
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from importlib.machinery import BuiltinImporter, ModuleSpec
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
@@ -47,13 +47,15 @@ CHECKPOINT = ('https://download.openmmlab.com/mmdetection/v2.0/cascade_rcnn/casc
               'cascade_rcnn_x101_64x4d_fpn_1x_coco_20200515_075702-43ce6a30.pth')
 FPS = 30
 PERSON = 0  # COCO's class
-LOW_RECALL = 0.6  # share of annotated boxes; AVA's own proposals reach 0.939
+LOW_RECALL = 0.6  # share of annotated boxes below which the summary warns; AVA's own proposals reach 0.939
 CHUNK = 512  # frames that a cluster's worker gets at once
-FIRST_FRAMES = 8  # in which the check at the start looks for people
+FIRST_FRAMES = 8  # in which the check at the start looks for people, who score more than CLEAR_SCORE or --score_thr
+CLEAR_SCORE = 0.5
 MAX_WAITING = 256  # loaded frames that wait for others of their size: at most 0.8 GB, 3.2 MB each at 1333x800
 CLIP_NAME = re.compile(r'(?P<id>[A-Za-z0-9_-]{11})_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})')
-# How far people may lie from those that the CPU finds in float32, in parts of the frame and in score. Measured on 100 frames
-# with the tests' detector: TF32 moves boxes by up to 0.004, float16 too, bfloat16 by up to 0.007, and scores by up to 0.002
+# The largest differences from what the CPU finds in float32 that this check accepts: of boxes, as a fraction of the frame, and
+# of scores. On 100 frames, the tests' detector with TF32 moves boxes by up to 0.004, float16 too, bfloat16 by up to 0.007, and
+# scores by up to 0.002
 MAX_BOX_SHIFT, MAX_SCORE_SHIFT = 0.05, 0.1
 
 
@@ -71,6 +73,11 @@ class Frame(NamedTuple):
     clip: str
     second: int
 
+    @property
+    def index(self) -> int:
+        """Its number in the clip, from 0."""
+        return (self.second - int(self.clip[-13:-7])) * FPS
+
 
 class Options(NamedTuple):
     """The data set, the detector and how it runs; `device` is '' where a cluster's worker chooses its own."""
@@ -83,6 +90,10 @@ class Options(NamedTuple):
     batch_size: int | None
     num_workers: int
     first_frames: tuple[Frame, ...]
+
+
+def first_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {error}'.splitlines()[0]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -98,13 +109,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument('--neighbors', type=int, metavar='N', default=1,
                       help='seconds before and after each keyframe that get proposals too: 1 as in MMAction2, 0 for '
                       'all that its training reads, a third of the work (default: 1)')
-    data.add_argument('--overwrite', action='store_true', help='detect again although the detections are there')
+    data.add_argument('--overwrite', action='store_true', help='detect all frames again')
     detector = parser.add_argument_group('detector')
     detector.add_argument('--config', type=Path, metavar='PY', default=Path(__file__).with_name('X-101-64x4d-FPN.py'),
                           help='mmdetection config of the detector (default: X-101-64x4d-FPN.py beside this script)')
     detector.add_argument('--checkpoint', metavar='PTH', default=CHECKPOINT,
                           help="file or URL of the detector's weights (default: %(default)s)")
-    detector.add_argument('--score_thr', type=float, metavar='S', default=0.7, help='least score (default: %(default)s)')
+    detector.add_argument('--score_thr', type=float, metavar='S', default=0.7,
+                          help='keep people who score more than S (default: %(default)s)')
     detector.add_argument('--amp', action='store_true', help='mixed precision: faster, and moves boxes a little')
     running = parser.add_argument_group('running')
     running.add_argument('--num_gpus', type=int, metavar='N', help='GPUs to use, 0 for the CPU (default: all visible ones)')
@@ -133,10 +145,11 @@ def read_datalist(path: Path):
     """The annotations as a DataFrame of clip, second, x1, y1, x2, y2, action, and report rows for unusable lines."""
     import pandas as pd
     names = ['clip', 'second', 'x1', 'y1', 'x2', 'y2', 'action']
-    try:  # as text, since one odd line must cost itself only; more columns than seven are not read
-        table = pd.read_csv(path, header=None, names=names, usecols=range(7), dtype=str, na_filter=False, engine='c',
-                            skip_blank_lines=False, quoting=csv.QUOTE_NONE, encoding='utf-8-sig', encoding_errors='replace')
-    except pd.errors.EmptyDataError:
+    try:  # without types, since one odd line must cost itself only; more columns than seven are not read
+        table = pd.read_csv(path, header=None, names=names, usecols=range(7), dtype={'clip': str}, na_filter=False,
+                            skip_blank_lines=False, quoting=csv.QUOTE_NONE, encoding='utf-8-sig', encoding_errors='replace',
+                            low_memory=False)
+    except ValueError:  # an empty file, or one with fewer columns
         table = pd.DataFrame(columns=names, dtype=str)
     table[names[1:]] = table[names[1:]].apply(pd.to_numeric, errors='coerce').astype(float)
     bounds = table['clip'].str.extract(f'^{CLIP_NAME.pattern}$')[['start', 'end']].astype(float)
@@ -146,20 +159,25 @@ def read_datalist(path: Path):
     return table[good].astype(dict(second=int, action=int)), problems
 
 
+def key_of(clip: str, second: int) -> str:
+    """What a keyframe is called in the pickle."""
+    return f'{clip[:11]},{second:04d}'
+
+
 def plan_frames(keyframes: list[tuple[str, int]], neighbors: int) -> list[Frame]:
     """Every keyframe (clip, second) and its neighbours within the clip, each once; a keyframe's own clip has precedence."""
     frames = {}
     for distance in sorted(range(-neighbors, neighbors + 1), key=abs):
         for clip, second in keyframes:
             if int(clip[-13:-7]) <= second + distance < int(clip[-6:]):
-                key = f'{clip[:-14]},{second + distance:04d}'
+                key = key_of(clip, second + distance)
                 frames.setdefault(key, Frame(key, clip, second + distance))
     return sorted(frames.values(), key=lambda frame: (frame.clip, frame.second))
 
 
 def frame_file(root: Path, frame: Frame) -> Path:
     """The file that a frame is read from: a raw frame or, where that is missing, the clip."""
-    image = root / f'rawframes/{frame.clip}/img_{(frame.second - int(frame.clip[-13:-7])) * FPS + 1:05d}.jpg'
+    image = root / f'rawframes/{frame.clip}/img_{frame.index + 1:05d}.jpg'
     video = root / f'videos/{frame.clip}.mp4'
     return video if not image.is_file() and video.is_file() else image
 
@@ -182,11 +200,10 @@ def read_frame(root: Path, frame: Frame) -> np.ndarray:
     if file.suffix == '.mp4':
         import decord  # after torch, whose convolutions crash otherwise (decord2 3.4, torch 2.14)
         decord.logging.set_level(decord.logging.QUIET)
-        index = (frame.second - int(frame.clip[-13:-7])) * FPS
         try:
-            return np.ascontiguousarray(decord.VideoReader(str(file), num_threads=1)[index].asnumpy()[..., ::-1])
+            return np.ascontiguousarray(decord.VideoReader(str(file), num_threads=1)[frame.index].asnumpy()[..., ::-1])
         except (decord.DECORDError, RuntimeError, IndexError):
-            raise UnreadableFrame(f'unreadable frame: number {index + 1} of {file.name}') from None
+            raise UnreadableFrame(f'unreadable frame: number {frame.index + 1} of {file.name}') from None
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -212,7 +229,7 @@ def local_checkpoint(source: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 torch.hub.download_url_to_file(source, str(path), digest and digest[1])
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, HTTPException) as error:
             sys.exit(f'error: {source} cannot be downloaded ({error}); give a file with --checkpoint')
     else:
         path = Path(source).absolute()
@@ -222,13 +239,13 @@ def local_checkpoint(source: str) -> Path:
 
 
 @functools.cache
-def use_torchvision_operators() -> None:
+def use_torchvision_operators() -> bool:
     """Give mmcv the operators NMS and RoIAlign of torchvision instead of compiled ones of its own.
 
-    Every wheel of torchvision has them for the CPU and for CUDA, and they read any memory layout right, while mmcv's take
-    all for NCHW. Deformable attention is PyTorch's. All others are those of a built mmcv or, where there is none, say so.
+    Every wheel of torchvision has them for the CPU and for CUDA, and they read any memory layout right, whereas mmcv's assume
+    NCHW. Deformable attention is PyTorch's. All others are those of a built mmcv or, where there is none, raise
+    NotImplementedError. Returns whether there is a built mmcv.
     """
-    import torch
     from torchvision.ops import nms, roi_align
     try:
         built = importlib.import_module('mmcv._ext')
@@ -254,20 +271,10 @@ def use_torchvision_operators() -> None:
                                       'place of mmcv-lite (see README), or take another detector')
         return operator
 
-    def contiguous(function):
-        def operator(*args, **options):  # with what is not contiguous copied, and copied back, as it may be an output
-            copies = [value.contiguous() if torch.is_tensor(value) else value for value in args]
-            answer = function(*copies, **options)
-            for value, made in zip(args, copies):
-                if made is not value:
-                    value.copy_(made)
-            return answer
-        return operator
-
     def other(name):
         if name.startswith('__'):
             raise AttributeError(name)
-        return contiguous(getattr(built, name)) if hasattr(built, name) else unavailable(name)
+        return getattr(built, name) if hasattr(built, name) else unavailable(name)
 
     module = types.ModuleType('mmcv._ext')
     module.__spec__ = ModuleSpec('mmcv._ext', BuiltinImporter)  # mmengine asks whether there is one
@@ -275,16 +282,17 @@ def use_torchvision_operators() -> None:
     module.ms_deform_attn_forward = deformable_attention
     module.__getattr__ = other
     sys.modules['mmcv._ext'] = module  # where mmcv.ops looks for them when it is imported
+    return built is not None
 
 
 def load_config(path: Path, custom_imports: bool):
-    """The detector's config, after the imports that it asks for; whatever is wrong with it ends the run with one line."""
+    """The detector's config, after the imports that it asks for, which may take seconds, or without these."""
     warnings.filterwarnings('ignore', message='pkg_resources')  # mmengine 0.10.7 and mmdet 3.3.0 still import it
     from mmengine.config import Config
     try:
         return Config.fromfile(path, import_custom_modules=custom_imports)
     except Exception as error:  # a config is a program: it may raise anything
-        raise DetectorError(f'{path} is no mmdetection config: {type(error).__name__}: {error}'.replace('\n', ' ')) from None
+        raise DetectorError(f'{path} is not a valid mmdetection config: {first_line(error)}') from None
 
 
 class Ignored:
@@ -307,9 +315,10 @@ def read_weights(checkpoint: Path) -> dict:
             loaded = torch.load(checkpoint, map_location='cpu', weights_only=True)
         weights = loaded.get('state_dict', loaded)
         consume_prefix_in_state_dict_if_present(weights, 'module.')  # of data parallel training
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = (str(error) or 'it is empty').splitlines()[0]
-        raise DetectorError(f'{checkpoint} cannot be read as weights: {reason}') from None
+    except Exception as error:  # a damaged pickle may make torch raise anything
+        words = re.search(r'WeightsUnpickler error: (.*)|PytorchStreamReader (.*)', str(error))
+        raise DetectorError(f'{checkpoint} is damaged, no checkpoint, or one that would run code: '
+                            f'{words[0] if words else type(error).__name__}') from None
     return weights
 
 
@@ -325,7 +334,7 @@ def build_detector(options: Options):
     register_all_modules()
     try:
         model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
-        pipeline = copy.deepcopy(get_test_pipeline_cfg(config))
+        pipeline = get_test_pipeline_cfg(config)
         pipeline[0].type = 'mmdet.LoadImageFromNDArray'
         pipeline = Compose(pipeline)
         sample = pipeline(dict(img=np.zeros((120, 160, 3), np.uint8), img_id=0))
@@ -333,7 +342,7 @@ def build_detector(options: Options):
             raise ValueError('its test pipeline makes several pictures of a frame (test-time augmentation); give one that '
                              'makes one')
     except Exception as error:  # a config may name any class with any arguments
-        raise DetectorError(f'{options.config} builds no detector: {type(error).__name__}: {error}'.split('\n')[0]) from None
+        raise DetectorError(f'{options.config} does not build a detector: {first_line(error)}') from None
     weights = read_weights(options.checkpoint)
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -367,40 +376,48 @@ def check_operators(device: str) -> None:
         raise RuntimeError('NMS is wrong')
 
 
-def same_people(ours: np.ndarray, theirs: np.ndarray, score_thr: float) -> bool:
-    """Whether of the people (n, 5) well above `score_thr` on either side most have a counterpart on the other."""
+def same_people(ours: np.ndarray, theirs: np.ndarray, least: float) -> bool:
+    """Whether at least half of the people (n, 5) on either side who score clearly more than `least` are on the other, too."""
     matched = [len(others) > 0 and (abs(others - person) < [MAX_BOX_SHIFT] * 4 + [MAX_SCORE_SHIFT]).all(axis=1).any()
                for people, others in ((ours, theirs), (theirs, ours))
-               for person in people if person[4] > score_thr + MAX_SCORE_SHIFT]
+               for person in people if person[4] > least + MAX_SCORE_SHIFT]
     return sum(matched) >= len(matched) / 2
+
+
+def find_first_people(model, pipeline: Callable, options: Options, least: float) -> tuple | None:
+    """A frame on which the CPU finds somebody who scores clearly more than `least`, its data and its people, or None."""
+    for frame, data in load_frames(options.first_frames, options, pipeline):
+        if isinstance(data, dict):
+            people = people_of(predict(model, [data], 'cpu', False)[0], least)
+            if (people[:, 4] > least + MAX_SCORE_SHIFT).any():
+                return frame, data, people
+    return None
 
 
 @functools.lru_cache(maxsize=1)
 def start_detector(options: Options):
     """The detector on its device and its pipeline, after a check that it finds there whom it finds on the CPU in float32.
 
-    A DetectorError says what is wrong. The check takes two passes over the first frame with people, one on each device.
+    A DetectorError says what is wrong.
     """
     import torch
     model, pipeline = build_detector(options)
+    layout = torch.contiguous_format if use_torchvision_operators() else torch.channels_last  # a built mmcv assumes NCHW
+    least = min(options.score_thr, CLEAR_SCORE)
     try:
-        for frame, data in load_frames(options.first_frames, options, pipeline):
-            if not isinstance(data, str):
-                expected = people_of(predict(model, [data], 'cpu', False)[0], options.score_thr - MAX_SCORE_SHIFT)
-                if len(expected):
-                    break
-        else:
-            frame = None
+        first = find_first_people(model, pipeline, options, least)
         check_operators(options.device)
-        model = model.to(options.device, memory_format=torch.channels_last)
+        model = model.to(options.device, memory_format=layout)
         torch.backends.cudnn.benchmark = True  # batches are always full, so cuDNN tries its algorithms once for each size
-        if frame:
-            found = people_of(predict(model, [data], options.device, options.amp)[0], options.score_thr - MAX_SCORE_SHIFT)
+        found = people_of(predict(model, [first[1]], options.device, options.amp)[0], least) if first else None
     except Exception as error:  # whatever an arbitrary model, or a broken device, raises
-        raise DetectorError(f'the detector cannot run: {type(error).__name__}: {error}'.split('\n')[0]) from error
-    if frame and not same_people(found, expected, options.score_thr):
-        raise DetectorError(f'the detector is wrong on {options.device}: it finds {len(found)} people on {frame.key} where '
-                            f'the CPU finds {len(expected)}, or others')
+        raise DetectorError(f'the detector cannot run: {first_line(error)}') from error
+    if not first:
+        print(f'nobody on the first {len(options.first_frames)} frames: {options.device} is not compared with the CPU',
+              file=sys.stderr)
+    elif not same_people(found, first[2], least):
+        raise DetectorError(f'the detector is wrong on {options.device}: it finds {len(found)} people on {first[0].key} where '
+                            f'the CPU finds {len(first[2])}, or finds them elsewhere')
     return model, pipeline
 
 
@@ -408,7 +425,7 @@ def predict(model, batch: list[dict], device: str, amp: bool) -> list:
     """The detector's answers to frames of equal size."""
     import torch
     kind = device.split(':')[0]
-    half = torch.bfloat16 if kind == 'cpu' else torch.float16  # which moves boxes a third as far, but is slow on CPUs
+    half = torch.bfloat16 if kind == 'cpu' else torch.float16  # the more exact one, but slow on CPUs
     with torch.no_grad(), torch.autocast(kind, half, enabled=amp):
         return model.test_step(dict(inputs=[data['inputs'] for data in batch],
                                     data_samples=[data['data_samples'] for data in batch]))
@@ -422,14 +439,16 @@ def people_of(answer, score_thr: float) -> np.ndarray:
     return np.column_stack([np.clip(boxes, 0, 1), found.scores.double().cpu().numpy()])
 
 
-def load_frames(frames: Iterable[Frame], options: Options, pipeline: Callable) -> Iterator[tuple[Frame, dict | str]]:
-    """Frames in their order, with what the test pipeline makes of their pictures, or why they cannot be read."""
-    def load(frame: Frame) -> dict | str:
+def load_frames(frames: Iterable[Frame], options: Options, pipeline: Callable
+                ) -> Iterator[tuple[Frame, dict | str | Exception]]:
+    """Frames in their order, with what the test pipeline makes of them, why they cannot be read, or what it raised."""
+    def load(frame: Frame) -> dict | str | Exception:
         try:
-            image = read_frame(options.root, frame)
+            return pipeline(dict(img=read_frame(options.root, frame), img_id=0))
         except UnreadableFrame as error:
             return str(error)
-        return pipeline(dict(img=image, img_id=0))
+        except Exception as error:  # of an arbitrary pipeline, for which `detect` names the frame
+            return error
 
     with ThreadPoolExecutor(options.num_workers) as threads:  # decoding and resizing let other threads run
         ahead = deque()
@@ -445,16 +464,15 @@ def load_frames(frames: Iterable[Frame], options: Options, pipeline: Callable) -
 def detect(frames: list[Frame], options: Options) -> Iterator[tuple[str, np.ndarray | str]]:
     """The key of every frame with its people, or with the reason why it cannot be read, in any order.
 
-    Frames go through the detector with others that are padded to the same size, so that none is padded more than alone.
-    A RuntimeError says on which frame the detector failed.
+    Frames go through the detector with others that are padded to the same size, so that none gets more padding than it would
+    alone. A RuntimeError says on which frame the detector failed.
     """
     import torch
-    cuda = torch.cuda.is_available()
-    device = options.device or ('cuda:0' if cuda else 'cpu')
+    device = options.device or ('cuda:0' if torch.cuda.is_available() else 'cpu')
     options = options._replace(device=device, batch_size=options.batch_size or (4 if device == 'cpu' else 8))
     model, pipeline = start_detector(options)
-    multiple, size, waiting = getattr(model.data_preprocessor, 'pad_size_divisor', 1), options.batch_size, {}
-    at = frames[0]
+    multiple = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+    size, waiting, at = options.batch_size, {}, frames[0]
 
     def flush(batch: list[tuple[Frame, dict]]) -> Iterator[tuple[str, np.ndarray]]:
         nonlocal at, size
@@ -469,15 +487,16 @@ def detect(frames: list[Frame], options: Options) -> Iterator[tuple[str, np.ndar
                 if size == 1:
                     raise
                 size //= 2
-                torch.cuda.empty_cache()
                 continue
-            for (frame, _), answer in zip(batch, answers):
+            for (frame, _), answer in zip(batch[:size], answers):  # answers to what fills a batch up are dropped
                 yield frame.key, people_of(answer, options.score_thr)
             del batch[:size]
 
     try:
         for frame, data in load_frames(frames, options, pipeline):
             at = frame
+            if isinstance(data, Exception):
+                raise data
             if isinstance(data, str):
                 yield frame.key, data
                 continue
@@ -492,7 +511,7 @@ def detect(frames: list[Frame], options: Options) -> Iterator[tuple[str, np.ndar
         for batch in waiting.values():
             yield from flush(batch)
     except Exception as error:  # whatever an arbitrary model or pipeline raises: out of memory, CUDA errors, wrong shapes
-        raise RuntimeError(f'on {at.key} ({type(error).__name__}: {error})'.replace('\n', ' ')) from error
+        raise RuntimeError(f'on {at.key}: {first_line(error)}') from error
 
 
 def serve(sender: multiprocessing.connection.Connection, frames: list[Frame], options: Options) -> None:
@@ -509,39 +528,34 @@ def serve(sender: multiprocessing.connection.Connection, frames: list[Frame], op
 
 
 def detect_on_gpus(frames: list[Frame], options: Options, devices: list[str]) -> Iterator[tuple[str, np.ndarray | str]]:
-    """Yield what `detect` does, from a process for each device; what a device that is lost leaves goes to the others."""
+    """Yield what `detect` does, from a process for each device; the frames of a device that is lost go to the others."""
     context, left = multiprocessing.get_context('spawn'), {frame.key: frame for frame in frames}
     while left:
         running = {}
-        for index, device in enumerate(devices):
+        for index, device in enumerate(devices[:len(left)]):
             receiver, sender = context.Pipe(duplex=False)
             share = list(left.values())[index::len(devices)]
-            process = context.Process(target=serve, args=(sender, share, options._replace(device=device)))
-            process.start()
+            context.Process(target=serve, args=(sender, share, options._replace(device=device)), daemon=True).start()
             sender.close()  # so that the receiver sees the end when the process dies
-            running[receiver] = device, process
-        try:
-            while running:
-                for receiver in multiprocessing.connection.wait(list(running)):
-                    try:
-                        answer = receiver.recv()
-                    except EOFError:
-                        answer = RuntimeError('its process was killed')
-                    if isinstance(answer, DetectorError):
+            running[receiver] = device
+        while running:
+            for receiver in multiprocessing.connection.wait(list(running)):
+                try:
+                    answer = receiver.recv()
+                except EOFError:
+                    answer = RuntimeError('its process was killed')
+                if isinstance(answer, DetectorError):
+                    raise answer
+                if isinstance(answer, tuple):
+                    del left[answer[0]]
+                    yield answer
+                    continue
+                device = running.pop(receiver)
+                if answer is not None:
+                    devices = [other for other in devices if other != device]
+                    if not devices:
                         raise answer
-                    if isinstance(answer, tuple):
-                        del left[answer[0]]
-                        yield answer
-                        continue
-                    device, _ = running.pop(receiver)
-                    if answer is not None:
-                        devices = [other for other in devices if other != device]
-                        if not devices:
-                            raise answer
-                        tqdm.write(f'{device} failed {answer}, continuing on the others', file=sys.stderr)
-        finally:
-            for process in multiprocessing.active_children():
-                process.terminate()
+                    tqdm.write(f'{device} failed: {answer}; continuing on the others', file=sys.stderr)
 
 
 def detect_chunk(frames: list[Frame], options: Options) -> list[tuple[str, np.ndarray | str]]:
@@ -550,7 +564,7 @@ def detect_chunk(frames: list[Frame], options: Options) -> list[tuple[str, np.nd
 
 
 def detect_on_cluster(frames: list[Frame], options: Options, address: str) -> Iterator[tuple[str, np.ndarray | str]]:
-    """Yield what `detect` does, from the workers of a Dask cluster; frames whose workers die again and again are skipped."""
+    """Yield what `detect` does, from the workers of a Dask cluster; frames whose workers die again and again are reported."""
     try:
         from distributed import CancelledError, Client, KilledWorker, as_completed
         from distributed.comm import CommClosedError
@@ -579,7 +593,7 @@ def detect_on_cluster(frames: list[Frame], options: Options, address: str) -> It
             except module.DetectorError as error:  # which is not this module's class where this one is __main__
                 raise DetectorError(str(error)) from None
             except (CancelledError, CommClosedError):
-                sys.exit(f'error: the Dask scheduler at {address} went away; what is done is saved, the same command continues')
+                sys.exit(f'error: the Dask scheduler at {address} went away; what is done is saved; run the same command again')
 
 
 def read_detections(path: Path, detector: dict, score_thr: float) -> dict[tuple, np.ndarray]:
@@ -627,12 +641,11 @@ def write_proposals(path: Path, proposals: dict[str, np.ndarray], made_of: str) 
         os.replace(part, path)
 
 
-def write_report(path: Path, rows: list[tuple]) -> None:
-    """Write what could not be used as a csv, beside its final name, then rename it."""
-    import pandas as pd
+def write_csv(path: Path, table) -> None:
+    """Write a DataFrame beside its final name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.part')
-    pd.DataFrame(rows, columns=['video_id', 'timestamp', 'reason']).to_csv(part, index=False, errors='backslashreplace')
+    table.to_csv(part, index=False, float_format='%.3f', errors='backslashreplace')
     os.replace(part, path)
 
 
@@ -640,7 +653,7 @@ def best_overlaps(boxes, proposals: dict[str, np.ndarray]) -> np.ndarray:
     """The IoU of every annotated box (columns clip, second, x1, y1, x2, y2) with the best proposal of its keyframe, or 0."""
     best, corners = np.zeros(len(boxes)), boxes[['x1', 'y1', 'x2', 'y2']].to_numpy()
     for (clip, second), rows in boxes.groupby(['clip', 'second']).indices.items():
-        found = proposals.get(f'{clip[:11]},{second:04d}')
+        found = proposals.get(key_of(clip, second))
         if found is not None and len(found):
             ours, theirs = corners[rows, None], found[None, :, :4]
             sides = np.minimum(ours[..., 2:], theirs[..., 2:]) - np.maximum(ours[..., :2], theirs[..., :2])
@@ -650,15 +663,6 @@ def best_overlaps(boxes, proposals: dict[str, np.ndarray]) -> np.ndarray:
     return best
 
 
-def describe_recall(boxes, best: np.ndarray, proposals: dict[str, np.ndarray]) -> str:
-    """Which share of the annotated boxes the proposals meet, and how many there are of both."""
-    keyframes = boxes[['clip', 'second']].drop_duplicates().itertuples(index=False)
-    counts = [len(proposals.get(f'{clip[:11]},{second:04d}', ())) for clip, second in keyframes]
-    shares = f'{(best >= 0.5).mean():.1%} of {len(boxes)} annotated boxes at IoU 0.5, {(best >= 0.75).mean():.1%} at 0.75'
-    each = f'{len(boxes) / len(counts):.2f} boxes and {sum(counts) / len(counts):.2f} proposals a keyframe'
-    return f'proposals meet {shares}; {each}'
-
-
 def report_recall(path: Path, table, proposals: dict[str, np.ndarray]) -> None:
     """Say which share of the annotated boxes the proposals meet, and list the keyframes where they miss some, worst first."""
     boxes = table[['clip', 'second', 'x1', 'y1', 'x2', 'y2']].drop_duplicates(ignore_index=True)
@@ -666,10 +670,11 @@ def report_recall(path: Path, table, proposals: dict[str, np.ndarray]) -> None:
     keyframes = boxes.assign(met=best >= 0.5, iou=best).groupby(['clip', 'second'])
     found = keyframes.agg(boxes=('met', 'size'), met=('met', 'sum'), worst_iou=('iou', 'min')).reset_index()
     missed = found[found.met < found.boxes].sort_values(['worst_iou', 'clip', 'second'])
-    part = path.with_name(f'.{path.name}.part')
-    missed.to_csv(part, index=False, float_format='%.3f')
-    os.replace(part, path)
-    print(f'  recall: {describe_recall(boxes, best, proposals)}')
+    write_csv(path, missed)
+    count = sum(len(proposals.get(key_of(clip, second), ())) for clip, second in zip(found['clip'], found.second))
+    print(f'  recall: proposals meet {(best >= 0.5).mean():.1%} of {len(boxes)} annotated boxes at IoU 0.5, '
+          f'{(best >= 0.75).mean():.1%} at 0.75; {len(boxes) / len(found):.2f} boxes and {count / len(found):.2f} proposals '
+          'a keyframe')
     if (best >= 0.5).mean() < LOW_RECALL:
         print('  that is far below the 90 % that a person detector reaches: is it the wrong checkpoint, is its class 0 not the '
               'person, or are these frames of other videos?')
@@ -693,13 +698,15 @@ def start_detection(frames: list[Frame], args: argparse.Namespace, checkpoint: P
     import torch
     options = Options(args.avakinetics_root, args.config, checkpoint, '', args.score_thr, args.amp, args.batch_size,
                       args.num_workers, tuple(frames[:FIRST_FRAMES]))
-    visible = torch.cuda.device_count()
-    if (args.num_gpus or 0) > visible > 0:
-        print(f'only {visible} of {args.num_gpus} GPUs are visible', file=sys.stderr)
-    gpus = visible if args.num_gpus is None else min(args.num_gpus, visible)
     if args.dask_scheduler:
         build_detector(options)  # a checkpoint that does not fit is told before the cluster is asked
         return detect_on_cluster(frames, options, args.dask_scheduler)
+    visible = torch.cuda.device_count()
+    gpus = visible if args.num_gpus is None else min(args.num_gpus, visible)
+    if not visible and args.num_gpus != 0:
+        print('no GPU is visible to PyTorch: the CPU is used', file=sys.stderr)
+    elif (args.num_gpus or 0) > visible:
+        print(f'only {visible} of {args.num_gpus} GPUs are visible to PyTorch', file=sys.stderr)
     if gpus > 1:
         return detect_on_gpus(frames, options, [f'cuda:{number}' for number in range(gpus)])
     return detect(frames, options._replace(device='cuda:0' if gpus else 'cpu'))
@@ -707,7 +714,8 @@ def start_detection(frames: list[Frame], args: argparse.Namespace, checkpoint: P
 
 def fetch(args: argparse.Namespace) -> None:
     """Detect what is not there yet, write the pickle and the report, say what came of it."""
-    root, target = args.avakinetics_root, args.picklepath
+    import pandas as pd
+    root, target, made_of = args.avakinetics_root, args.picklepath, digest_of(args.datalist)
     table, problems = read_datalist(args.datalist)
     keyframes = list(table[['clip', 'second']].drop_duplicates().itertuples(index=False, name=None))
     if not keyframes:
@@ -736,22 +744,23 @@ def fetch(args: argparse.Namespace) -> None:
                         continue
                     people[key] = found
                     if versions[key]:
-                        name, size, time = versions[key]
-                        file.write(json.dumps(dict(key=key, file=name, size=size, mtime_ns=time, people=found.tolist())) + '\n')
+                        name, size, mtime = versions[key]
+                        line = dict(key=key, file=name, size=size, mtime_ns=mtime, people=found.tolist())
+                        file.write(json.dumps(line) + '\n')
     proposals = {key: found[found[:, 4] > args.score_thr] for key, found in people.items()}
     proposals = {key: found for key, found in proposals.items() if len(found)}
     report = root / f'reports/fetch_proposal_{args.split}.csv'
     rows = sorted((*key.rsplit(',', 1), reason) for key, reason in unreadable.items()) + problems
-    write_report(report, rows)
+    write_csv(report, pd.DataFrame(rows, columns=['video_id', 'timestamp', 'reason']))
     if not people:
         sys.exit(f'error: not one frame could be read; {report} says why')
-    write_proposals(target, proposals, digest_of(args.datalist))
+    write_proposals(target, proposals, made_of)
 
     print(f'{sum(map(len, proposals.values()))} people on {len(proposals)} of {len(frames)} frames in {target}')
     done = len(left) - len(unreadable)
     print(f'  {done} frames detected now, {len(people) - done} before' if left else '  all were detected before; nothing to do')
     report_recall(root / f'reports/recall_{args.split}.csv', table, proposals)
-    bare = sum(f'{clip[:-14]},{second:04d}' not in proposals for clip, second in keyframes)
+    bare = sum(key_of(clip, second) not in proposals for clip, second in keyframes)
     print(f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes the whole frame there')
     for reason, count in Counter(row[2].split(':')[0] for row in rows).most_common():
         print(f'  {count} left out: {reason}')
@@ -775,11 +784,11 @@ def main(argv: list[str] | None = None) -> None:
     except DetectorError as error:
         sys.exit(f'error: {error}')
     except RuntimeError as error:
-        sys.exit(f'error: the detector failed {error}; what is done is saved, the same command continues')
+        sys.exit(f'error: the detector failed: {error}; what is done is saved; run the same command again')
     except OSError as error:  # a full disk, missing permissions
-        sys.exit(f'error: {error}; fix it, then the same command continues')
+        sys.exit(f'error: {error}; fix it, then run the same command again')
     except KeyboardInterrupt:
-        print('interrupted; the same command continues', file=sys.stderr)
+        print('interrupted; run the same command again', file=sys.stderr)
         sys.exit(130)
 
 

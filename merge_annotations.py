@@ -246,9 +246,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         merge(kinetics, own, merged, root / f'reports/merge_annotations_{split}.csv', copy_ava)
     except OSError as error:  # a full disk, missing permissions
-        sys.exit(f'error: {error}; fix it, then the same command continues')
+        sys.exit(f'error: {error}; fix it, then run the same command again')
     except KeyboardInterrupt:
-        print('interrupted; the same command continues', file=sys.stderr)
+        print('interrupted; run the same command again', file=sys.stderr)
         sys.exit(130)
 
 

@@ -203,9 +203,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         prepare(args, annotations)
     except OSError as error:  # a full disk, missing permissions
-        sys.exit(f'error: {error}; fix it, then the same command continues')
+        sys.exit(f'error: {error}; fix it, then run the same command again')
     except KeyboardInterrupt:
-        print('interrupted; the same command continues', file=sys.stderr)
+        print('interrupted; run the same command again', file=sys.stderr)
         sys.exit(130)
 
 

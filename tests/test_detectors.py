@@ -176,7 +176,9 @@ def test_other_people_on_the_device_end_the_run_before_it_starts(root, tmp_path,
             answers[0].pred_instances.bboxes += 30
         return answers
     monkeypatch.setattr(fetch_proposal, 'predict', shifted)
-    assert 'is wrong on cpu' in fetch_refused(root, tmp_path, *TINY)
+    for threshold in 0.7, 0.95:
+        calls.clear()
+        assert 'is wrong on cpu' in fetch_refused(root, tmp_path, *TINY, f'--score_thr={threshold}')
     calls.clear()
     fetch_proposal.start_detector.cache_clear()
     monkeypatch.setattr(fetch_proposal, 'MAX_BOX_SHIFT', 0.2)  # the check is what refused it
@@ -200,19 +202,24 @@ def test_a_detector_that_needs_a_built_mmcv_says_so(root, tmp_path, extra, opera
     assert f"mmcv's compiled operator {operator}; install" in message
 
 
-def test_operators_of_a_built_mmcv_get_contiguous_memory(monkeypatch):
-    """They take all memory for NCHW; what they write into their arguments arrives there."""
-    def add(features, weight, output):
-        assert features.is_contiguous() and output.is_contiguous()
-        output.copy_(features + weight)
-    monkeypatch.setitem(sys.modules, 'mmcv._ext', types.SimpleNamespace(modulated_deform_conv_forward=add))
-    fetch_proposal.use_torchvision_operators.__wrapped__()
-    features = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    output = torch.zeros_like(features)
-    sys.modules['mmcv._ext'].modulated_deform_conv_forward(features, 1, output)
-    assert torch.equal(output, features + 1) and not output.is_contiguous()
+def test_operators_of_a_built_mmcv_serve_where_torchvision_has_none(root, monkeypatch):
+    """And as these take all memory for NCHW, the detector stays in that layout."""
+    monkeypatch.setitem(sys.modules, 'mmcv._ext', types.SimpleNamespace(modulated_deform_conv_forward=len))
+    monkeypatch.setattr(fetch_proposal, 'use_torchvision_operators', fetch_proposal.use_torchvision_operators.__wrapped__)
+    assert fetch_proposal.use_torchvision_operators()
+    assert sys.modules['mmcv._ext'].modulated_deform_conv_forward is len
     with pytest.raises(NotImplementedError, match='operator softnms; install'):
         sys.modules['mmcv._ext'].softnms()
+    with pytest.raises(NotImplementedError, match='operator roi_align with max pooling'):
+        sys.modules['mmcv._ext'].roi_align_forward(None, None, None, None, None, 7, 7, 1, 2, 0, True)
+    config, checkpoint = (REPO / f'tests/tiny_detector.{suffix}' for suffix in ('py', 'pth'))
+    options = fetch_proposal.Options(root, config, checkpoint, 'cpu', 0.7, False, 4, 1, ())
+    for built in True, False:
+        monkeypatch.setattr(fetch_proposal, 'use_torchvision_operators', lambda: built)
+        fetch_proposal.start_detector.cache_clear()
+        model, _ = fetch_proposal.start_detector(options)
+        assert model.backbone.layer1[0].conv2.weight.is_contiguous() == built
+    fetch_proposal.start_detector.cache_clear()
 
 
 def test_deformable_attention_on_a_gpu_is_pytorchs(root):

@@ -176,7 +176,7 @@ def test_interrupted(job, step, number, tmp_path):
             starting = re.match(r' *File .*(<frozen (runpy|importlib)|in <module>)', after) or after.startswith('interrupted')
             assert starting or 'joblib/externals/loky' in after, err  # or of a thread of loky's, as its pool ends
         elif process.returncode == 130:
-            assert said(err) == ['interrupted; the same command continues']
+            assert said(err) == ['interrupted; run the same command again']
             assert 'Traceback' not in out or 'popen_loky' in out  # what loky prints of a worker that was still starting
             hidden = [path for path in root.rglob('.*') if path.suffix != '.part']
             assert not hidden
@@ -331,7 +331,7 @@ def test_one_worker_can_be_interrupted_too(job, number, tmp_path):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    assert said(process.communicate(timeout=10)[1]) == ['interrupted; the same command continues'] and process.returncode == 130
+    assert said(process.communicate(timeout=10)[1]) == ['interrupted; run the same command again'] and process.returncode == 130
     assert not list((tmp_path / 'root').rglob('*.mp4'))
 
 

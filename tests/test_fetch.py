@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -278,7 +280,7 @@ class FailingDetector(CascadeRCNN):
 """)
     command = ['fetch_proposal.py', f'--avakinetics_root={root}', f'--config={tmp_path}/failing.py', TINY[1]]
     options = dict(cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path)})
-    assert 'the detector failed on scene-00002' in errors(run(*command, code=1, **options))
+    assert 'the detector failed: on scene-00002' in errors(run(*command, code=1, **options))
     assert not (root / 'kinetics_proposal.pkl').exists()
     (tmp_path / 'mended').touch()
     assert '9 of 9 frames' in run(*command, **options).stdout
@@ -320,16 +322,23 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
     assert 'do Step 3' in refusal(f'--datalist={fetched[0]}/kinetics_train.csv', root=tmp_path)
     (tmp_path / 'empty.csv').touch()
     assert 'holds no annotated keyframe' in refusal(f'--datalist={tmp_path}/empty.csv')
+    (tmp_path / 'kinetics-700.csv').write_text('label,youtube_id,time_start,time_end,split\nwaving,aaaaaaaaaaa,0,10,val\n')
+    assert 'holds no annotated keyframe' in refusal(f'--datalist={tmp_path}/kinetics-700.csv')
     assert 'set --config' in refusal('--config=none.py')
     (tmp_path / 'broken.py').write_text('model = dict(')
-    assert 'is no mmdetection config' in refusal(f'--config={tmp_path}/broken.py')
+    assert 'is not a valid mmdetection config' in refusal(f'--config={tmp_path}/broken.py')
     assert 'set --checkpoint' in refusal('--checkpoint=none.pth')
-    assert 'cannot be downloaded' in refusal('--checkpoint=http://127.0.0.1:9/x.pth')
-    for content in b'', b'no checkpoint', pickle.dumps(Evil()):
+    for url in 'http://127.0.0.1:9/x.pth', 'http://127.0.0.1:9/a name.pth':
+        assert 'cannot be downloaded' in refusal(f'--checkpoint={url}')
+    whole, random = TINY[1].split('=')[1], np.random.default_rng(0)
+    damaged = bytearray(Path(whole).read_bytes())
+    for place in random.integers(0, len(damaged), 20_000):
+        damaged[place] = 0
+    for content in b'', b'<title>404</title>', pickle.dumps(Evil()), bytes(damaged), Path(whole).read_bytes()[:-500]:
         (tmp_path / 'bad.pth').write_bytes(content)
-        assert 'cannot be read as weights' in refusal(f'--checkpoint={tmp_path}/bad.pth')
+        assert 'damaged, no checkpoint, or' in refusal(f'--checkpoint={tmp_path}/bad.pth')
     torch.save(Evil(), tmp_path / 'evil.pth')
-    assert 'cannot be read as weights' in refusal(f'--checkpoint={tmp_path}/evil.pth')
+    assert 'damaged, no checkpoint, or' in refusal(f'--checkpoint={tmp_path}/evil.pth')
     assert not (tmp_path / 'pwned').exists()
     message = refusal(config=f'--config={REPO}/X-101-64x4d-FPN.py')
     assert 'does not fit the config' in message and 'backbone.' in message
@@ -426,7 +435,7 @@ def test_a_batch_that_does_not_fit_is_halved(fetched, few, monkeypatch):
     assert_found(dict(fetch_proposal.detect(*few)), fetched, few[0])
     assert sizes == [8, 4, 2, 2, 2, 2]
     monkeypatch.setattr(fetch_proposal, 'predict', lambda *args: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError('no')))
-    with pytest.raises(RuntimeError, match='on scene-00000,0012 .*OutOfMemoryError: no'):
+    with pytest.raises(RuntimeError, match='on scene-00000,0012: OutOfMemoryError: no'):
         list(fetch_proposal.detect(*few))
 
 
@@ -464,6 +473,32 @@ def test_a_lost_gpu_leaves_its_frames_to_the_others(fetched, few, tmp_path, monk
     (tmp_path / 'died').unlink()
     with pytest.raises(RuntimeError, match=said):
         list(fetch_proposal.detect_on_gpus(few[0], options, ['cpu']))
+
+
+def test_more_gpus_than_frames(fetched, few):
+    assert_found(dict(fetch_proposal.detect_on_gpus(few[0][:1], few[1], ['cpu', 'cpu:0'])), fetched, few[0][:1])
+
+
+def test_a_frame_that_cannot_be_prepared_is_named(few, monkeypatch):
+    read_frame = fetch_proposal.read_frame
+
+    def read(root, frame):
+        if frame == few[0][3]:
+            raise MemoryError('no room')
+        return read_frame(root, frame)
+    monkeypatch.setattr(fetch_proposal, 'read_frame', read)
+    with pytest.raises(RuntimeError, match=f'on {few[0][3].key}: MemoryError: no room'):
+        list(fetch_proposal.detect(*few))
+
+
+def test_a_run_says_what_it_did_not_check_and_did_not_find(tmp_path):
+    """Nobody on the first frames, no GPU."""
+    root = write_root(tmp_path, range(1))
+    for frame in root.glob('rawframes/*/*.jpg'):
+        cv2.imwrite(str(frame), np.zeros((240, 320, 3), np.uint8))
+    done = fetch(root, '--num_gpus=2')
+    assert 'nobody on the first 3 frames' in done.stderr
+    assert torch.cuda.is_available() or 'no GPU is visible to PyTorch: the CPU is used' in done.stderr
 
 
 def test_a_gpu_that_cannot_start_ends_the_run(few):

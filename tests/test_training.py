@@ -4,6 +4,7 @@ import sys
 import types
 
 import mmaction
+import numpy as np
 import pytest
 from mmengine import Config
 from mmengine.runner import Runner
@@ -69,6 +70,8 @@ def test_slowonly_trains_and_validates(validated, tmp_path, monkeypatch, route):
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
     if route == 'clips':
         return
+    if not hasattr(np, 'NAN'):
+        pytest.skip('AVAMetric needs NumPy 1, as the README says')
     for number, name in enumerate(['both', 'kinetics', 'ava']):
         config = Config.fromfile(CONFIG) if name == 'ava' else readme_config('## The validation split', number, tmp_path)
         tested = build(shrink(config, tmp_path / f'work {name}'))
