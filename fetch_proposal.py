@@ -412,10 +412,9 @@ def start_detector(options: Options):
         found = people_of(predict(model, [first[1]], options.device, options.amp)[0], least) if first else None
     except Exception as error:  # whatever an arbitrary model, or a broken device, raises
         raise DetectorError(f'the detector cannot run: {first_line(error)}') from error
-    if not first:
-        print(f'nobody on the first {len(options.first_frames)} frames: {options.device} is not compared with the CPU',
-              file=sys.stderr)
-    elif not same_people(found, first[2], least):
+    if not first and options.device != 'cpu':
+        print(f'nobody on the first {len(options.first_frames)} frames: {options.device} is not compared with the CPU')
+    if first and not same_people(found, first[2], least):
         raise DetectorError(f'the detector is wrong on {options.device}: it finds {len(found)} people on {first[0].key} where '
                             f'the CPU finds {len(first[2])}, or finds them elsewhere')
     return model, pipeline
@@ -704,9 +703,9 @@ def start_detection(frames: list[Frame], args: argparse.Namespace, checkpoint: P
     visible = torch.cuda.device_count()
     gpus = visible if args.num_gpus is None else min(args.num_gpus, visible)
     if not visible and args.num_gpus != 0:
-        print('no GPU is visible to PyTorch: the CPU is used', file=sys.stderr)
+        print('no GPU is visible to PyTorch: the CPU is used')
     elif (args.num_gpus or 0) > visible:
-        print(f'only {visible} of {args.num_gpus} GPUs are visible to PyTorch', file=sys.stderr)
+        print(f'only {visible} of {args.num_gpus} GPUs are visible to PyTorch')
     if gpus > 1:
         return detect_on_gpus(frames, options, [f'cuda:{number}' for number in range(gpus)])
     return detect(frames, options._replace(device='cuda:0' if gpus else 'cpu'))

@@ -22,14 +22,9 @@ import cut_kinetics  # noqa: E402
 def write_list(kinetics: Path, path: Path) -> None:
     """Kinetics-700's csv as the list of videos that Step 1 makes."""
     with open(kinetics) as file:
-        path.write_text(
-            ''.join(
-                '{}/{}_{:06d}_{:06d}.mp4\n'.format(
-                    row['label'], row['youtube_id'], int(row['time_start']), int(row['time_end'])
-                )
-                for row in csv.DictReader(file)
-            )
-        )
+        path.write_text(''.join('{}/{}_{:06d}_{:06d}.mp4\n'.format(
+                                    row['label'], row['youtube_id'], int(row['time_start']), int(row['time_end']))
+                                for row in csv.DictReader(file)))
 
 
 def make_clips(annotations: Path, listing: Path, root: Path) -> None:
@@ -69,16 +64,9 @@ def main() -> None:
     for script, *options in ('cut_kinetics.py', f'--kinetics_list={listing}'), ('prepare_annotation.py',):
         print(f'\n$ {script}', flush=True)
         subprocess.run(
-            [
-                sys.executable,
-                REPO / script,
-                f'--avakinetics_anotation={folder}',
-                f'--avakinetics_root={root}',
-                '--split=val',
-                *options,
-            ],
-            check=True,
-        )
+            [sys.executable, REPO / script, f'--avakinetics_anotation={folder}', f'--avakinetics_root={root}', '--split=val',
+             *options],
+            check=True)
     seconds, unpeopled = {}, set()
     for line in open(annotations):
         video, timestamp, *rest = line.strip().split(',')
@@ -91,8 +79,7 @@ def main() -> None:
     cut, prepared = (report_keys(root / f'reports/{step}_val.csv') for step in ('cut_kinetics', 'prepare_annotation'))
     states = Counter(
         'in the csv' * (second in used) + 'in the report of Step 3' * (second in cut) + ' and of Step 5' * (second in prepared)
-        for second in seconds.values()
-    )
+        for second in seconds.values())
     keyframes, alone = len(seconds.keys() | unpeopled), len(unpeopled - seconds.keys())
     print(f'\n{keyframes} keyframes: {alone} without people, {len(seconds)} with people (in {len(set(seconds.values()))} '
           f'different seconds): {dict(states)}')

@@ -41,8 +41,7 @@ class Job:
                 continue
             if step == 'prepare from videos':
                 shutil.copytree(
-                    root, self.before(step), ignore=lambda path, names: {'rawframes', 'kinetics_train.csv'} & set(names)
-                )
+                    root, self.before(step), ignore=lambda path, names: {'rawframes', 'kinetics_train.csv'} & set(names))
             elif root.is_dir():
                 shutil.copytree(root, self.before(step), symlinks=True)
             else:
@@ -84,10 +83,9 @@ class Job:
         (folder / 'list.txt').write_text(lines + f'{VIDEOS:011d}_000000_000010.mp4\n')
         (folder / 'kinetics_train_v1.0.csv').write_text(rows + annotation_rows(f'{VIDEOS:011d}', 5))
         for number in 1, 2:
-            paths = sorted((folder / 'a b (c)').iterdir())[number - 1 :: 2]
+            paths = sorted((folder / 'a b (c)').iterdir())[number - 1::2]
             subprocess.run(
-                ['tar', 'cf', folder / f'{number}.tar', *[path.relative_to(folder) for path in paths]], cwd=folder, check=True
-            )
+                ['tar', 'cf', folder / f'{number}.tar', *[path.relative_to(folder) for path in paths]], cwd=folder, check=True)
         (folder / 'ava/annotations').mkdir(parents=True)
         for video in '-5KQ66BBWC4', 'AVA_mov-1_x':
             (folder / 'ava/rawframes' / video).mkdir(parents=True)
@@ -95,11 +93,9 @@ class Job:
         notes = folder / 'ava/annotations'
         sample_world.draw_other_annotations(notes)
         (notes / 'ava_train_v2.2.csv').write_text(
-            ''.join(f'{video},0902,0.1,0.2,0.3,0.4,12,0\n' for video in ('-5KQ66BBWC4', 'AVA_mov-1_x'))
-        )
+            ''.join(f'{video},0902,0.1,0.2,0.3,0.4,12,0\n' for video in ('-5KQ66BBWC4', 'AVA_mov-1_x')))
         (notes / 'ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(
-            sample_world.fair_pickle({f'{video},0902': np.ones((1, 5)) for video in ('-5KQ66BBWC4', 'AVA_mov-1_x')})
-        )
+            sample_world.fair_pickle({f'{video},0902': np.ones((1, 5)) for video in ('-5KQ66BBWC4', 'AVA_mov-1_x')}))
 
 
 @pytest.fixture(scope='module')
@@ -116,11 +112,8 @@ def assert_undisturbed(job, step, root):
     """The tree is byte for byte that of an undisturbed run, and nothing unfinished is left anywhere."""
     assert products(root) == products(job.after(step))
     assert sorted(path.relative_to(root) for path in root.rglob('*')) == sorted(
-        path.relative_to(job.after(step)) for path in job.after(step).rglob('*')
-    )
-    unfinished = [
-        path for path in root.rglob('*') if path.name.startswith('.') or path.suffix == '.part'
-    ]
+        path.relative_to(job.after(step)) for path in job.after(step).rglob('*'))
+    unfinished = [path for path in root.rglob('*') if path.name.startswith('.') or path.suffix == '.part']
     assert unfinished == []
 
 
@@ -130,27 +123,45 @@ def said(text: str) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
+def tree(root) -> dict[str, int]:
+    """Names and sizes below a folder, as far as they can be seen while they change."""
+    sizes = {}
+    for path in root.rglob('*'):
+        with contextlib.suppress(FileNotFoundError):
+            sizes[str(path)] = path.lstat().st_size
+    return sizes
+
+
+def wait_for_work(process, root, before: dict[str, int]) -> None:
+    """Until a run has written something, or ended."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and tree(root) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 @pytest.mark.parametrize('step', STEPS)
 def test_killed_at_random_moments(job, step, tmp_path):
-    """Three kills of the whole process group, each on what the one before left, then one complete run; ROUNDS times, twice if
-    it is not set, but once Step 6."""
-    chance, seconds = random.Random(step), job.seconds[step]
+    """Three kills of the whole process group while it writes, each on what the one before left, then one complete run; ROUNDS
+    times, twice if it is not set, but once Step 6."""
+    chance, kills = random.Random(step), 0
     for round in range(int(os.environ.get('ROUNDS', 1 if step == 'fetch' else 2))):
         root = tmp_path / f'root{round}'
         shutil.copytree(job.before(step), root, symlinks=True)
         for _ in range(3):
+            before = tree(root)
             process = subprocess.Popen(
-                job.command(step, root), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            time.sleep(chance.uniform(0.4, 1.05) * seconds)
-            try:
+                job.command(step, root), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            wait_for_work(process, root, before)
+            time.sleep(chance.choice([0, chance.uniform(0, 0.4) * job.seconds[step]]))
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:  # it was done
-                pass
+                kills += 1
             process.wait()
         done = subprocess.run(job.command(step, root), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert_undisturbed(job, step, root)
+    assert kills
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -164,8 +175,7 @@ def test_interrupted(job, step, number, tmp_path):
             shutil.rmtree(root, ignore_errors=True)
             shutil.copytree(job.before(step), root, symlinks=True)
         process = subprocess.Popen(
-            job.command(step, root), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            job.command(step, root), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         time.sleep(chance.uniform(0.15, 0.9) * seconds)
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         out, err = process.communicate(timeout=60)
@@ -191,33 +201,34 @@ def test_interrupted(job, step, number, tmp_path):
 
 @pytest.mark.parametrize('step', STEPS)
 def test_two_runs_at_once(job, step, tmp_path):
-    """Both end well, or one says in a line that another is under way, or has taken its file."""
+    """The second of a long step says in a line that another is at work. Of a short one both end well, or one says in a line
+    that the other has taken its file."""
     root = tmp_path / 'root'
     shutil.copytree(job.before(step), root, symlinks=True)
-    runs = [
-        subprocess.Popen(job.command(step, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    ends = [(process.communicate()[1], process.returncode) for process in runs]
-    assert 0 in [code for _, code in ends]
-    for err, code in ends:
-        assert code == 0 or said(err)[-1].startswith('error: '), err
+    before = tree(root)
+    runs = [subprocess.Popen(job.command(step, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)]
+    wait_for_work(runs[0], root, before)
+    runs[0].send_signal(signal.SIGSTOP)
+    runs.append(subprocess.Popen(job.command(step, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    if step in ('cut', 'cut archives', 'extract', 'fetch'):
+        second = said(runs[1].communicate(timeout=60)[1])
+        assert runs[1].returncode == 1 and len(second) == 1 and second[0].startswith('error: another run'), second
+    runs[0].send_signal(signal.SIGCONT)
+    for process in runs[:1] if runs[1].returncode else runs:
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode == 0 or said(err)[-1].startswith('error: ') and step in ('prepare', 'link'), err
+    assert 0 in [process.returncode for process in runs]
     assert_undisturbed(job, step, root)
 
 
 def in_mounted(script: str, **variables) -> subprocess.CompletedProcess:
     """Run a shell script that may mount file systems, which nobody else sees and which go with it."""
     probe = subprocess.run(
-        ['unshare', '--mount', '--map-root-user', 'mount', '-t', 'tmpfs', 'none', '/mnt'], capture_output=True
-    )
+        ['unshare', '--mount', '--map-root-user', 'mount', '-t', 'tmpfs', 'none', '/mnt'], capture_output=True)
     if probe.returncode:
         pytest.skip('this machine lets nobody mount a file system')
-    return subprocess.run(
-        ['unshare', '--mount', '--map-root-user', 'bash', '-c', script],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **{name: str(value) for name, value in variables.items()}},
-        timeout=300,
-    )
+    return subprocess.run(['unshare', '--mount', '--map-root-user', 'bash', '-c', script], capture_output=True, text=True,
+                          env={**os.environ, **{name: str(value) for name, value in variables.items()}}, timeout=300)
 
 
 FREE_KB = {'cut': 60, 'cut archives': 60, 'extract': 1500, 'fetch': 4}  # less than the step writes; for the others nothing
@@ -289,11 +300,9 @@ def test_a_disk_without_symbolic_links(job, tmp_path):
     root = tmp_path / 'root'
     shutil.copytree(job.before('link'), root, symlinks=True)
     script, *arguments = job.command('link', root)[1:]
-    program = (
-        'import os, runpy, sys\n'
-        'def symlink(*_, **__): raise PermissionError(1, "Operation not permitted")\n'
-        'os.symlink = symlink\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name="__main__")'
-    )
+    program = ('import os, runpy, sys\n'
+               'def symlink(*_, **__): raise PermissionError(1, "Operation not permitted")\n'
+               'os.symlink = symlink\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name="__main__")')
     done = subprocess.run([sys.executable, '-c', program, script, *arguments], capture_output=True, text=True)
     assert done.returncode == 1 and len(said(done.stderr)) == 1 and 'no link can be made' in done.stderr, done.stderr
     assert snapshot(root) == snapshot(job.before('link'))
@@ -308,13 +317,11 @@ def test_a_worker_process_that_is_killed_ends_the_run_with_a_line(job, tmp_path)
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     workers = subprocess.run(
-        ['pgrep', '-s', str(process.pid), '-f', 'LokyProcess'], capture_output=True, text=True
-    ).stdout.split()
+        ['pgrep', '-s', str(process.pid), '-f', 'LokyProcess'], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[0]), signal.SIGKILL)
     err = process.communicate()[1]
     assert process.returncode == 1 and said(err)[-1].startswith('error: a worker process was killed') and len(said(err)) == 1, (
-        err
-    )
+        err)
     subprocess.run(command, check=True, capture_output=True)
     assert_undisturbed(job, 'cut', root)
 

@@ -491,14 +491,26 @@ def test_a_frame_that_cannot_be_prepared_is_named(few, monkeypatch):
         list(fetch_proposal.detect(*few))
 
 
-def test_a_run_says_what_it_did_not_check_and_did_not_find(tmp_path):
-    """Nobody on the first frames, no GPU."""
+def test_a_run_says_where_it_runs(small, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    for options in [], ['--num_gpus=2'], ['--num_gpus=0']:
+        fetch_proposal.main([f'--avakinetics_root={small}', *TINY, '--overwrite', *options])
+        said = 'no GPU is visible to PyTorch: the CPU is used' in capsys.readouterr().out
+        assert said == (options != ['--num_gpus=0'])
+
+
+def test_nobody_to_compare_is_said(tmp_path, capsys):
+    """On black frames; the CPU itself is not compared."""
     root = write_root(tmp_path, range(1))
     for frame in root.glob('rawframes/*/*.jpg'):
         cv2.imwrite(str(frame), np.zeros((240, 320, 3), np.uint8))
-    done = fetch(root, '--num_gpus=2')
-    assert 'nobody on the first 3 frames' in done.stderr
-    assert torch.cuda.is_available() or 'no GPU is visible to PyTorch: the CPU is used' in done.stderr
+    config, checkpoint = (REPO / f'tests/tiny_detector.{suffix}' for suffix in ('py', 'pth'))
+    frames = fetch_proposal.plan_frames([('scene-00000_000010_000014', 12)], 1)
+    for device in 'cpu:0', 'cpu':
+        fetch_proposal.start_detector.cache_clear()
+        options = fetch_proposal.Options(root, config, checkpoint, device, 0.7, False, 8, 2, tuple(frames))
+        assert [key for key, people in fetch_proposal.detect(frames, options) if len(people)] == []
+        assert ('nobody on the first 3 frames' in capsys.readouterr().out) == (device != 'cpu')
 
 
 def test_a_gpu_that_cannot_start_ends_the_run(few):
