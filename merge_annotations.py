@@ -133,29 +133,6 @@ def check_list(rows: Path, proposals: Path) -> None:
                      f'--datalist={rows} --picklepath={proposals}')
 
 
-def best_overlaps(boxes, proposals: dict[str, np.ndarray]) -> np.ndarray:
-    """The IoU of every annotated box (columns clip, second, x1, y1, x2, y2) with the best proposal of its keyframe, or 0."""
-    best, corners = np.zeros(len(boxes)), boxes[['x1', 'y1', 'x2', 'y2']].to_numpy()
-    for (clip, second), rows in boxes.groupby(['clip', 'second']).indices.items():
-        found = proposals.get(f'{clip[:11]},{second:04d}')
-        if found is not None and len(found):
-            ours, theirs = corners[rows, None], found[None, :, :4]
-            sides = np.minimum(ours[..., 2:], theirs[..., 2:]) - np.maximum(ours[..., :2], theirs[..., :2])
-            both = sides.clip(0).prod(-1)
-            areas = (ours[..., 2:] - ours[..., :2]).prod(-1) + (theirs[..., 2:] - theirs[..., :2]).prod(-1)
-            best[rows] = (both / (areas - both)).max(axis=1)
-    return best
-
-
-def describe_recall(boxes, best: np.ndarray, proposals: dict[str, np.ndarray]) -> str:
-    """Which share of the annotated boxes the proposals meet, and how many there are of both."""
-    keyframes = boxes[['clip', 'second']].drop_duplicates().itertuples(index=False)
-    counts = [len(proposals.get(f'{clip[:11]},{second:04d}', ())) for clip, second in keyframes]
-    shares = f'{(best >= 0.5).mean():.1%} of {len(boxes)} annotated boxes at IoU 0.5, {(best >= 0.75).mean():.1%} at 0.75'
-    each = f'{len(boxes) / len(counts):.2f} boxes and {sum(counts) / len(counts):.2f} proposals a keyframe'
-    return f'proposals meet {shares}; {each}'
-
-
 def original_of(path: Path) -> Path:
     """Where the first merge keeps AVA's own file."""
     return path.with_suffix('.ava_only' + path.suffix)
@@ -217,10 +194,6 @@ def merge(kinetics: list[Path], own: list[Path], merged: list[Path], report: Pat
     print(f'{len(rows) + len(ava_rows)} rows in {merged[0]}: {len(rows)} of Kinetics, {len(ava_rows)} of AVA')
     print(f'{len(proposals)} frames with proposals in {merged[1]}: {len(proposals) - len(ava_proposals)} of '
           f"Kinetics, {len(ava_proposals)} of AVA{f' ({collisions} keys in both)' if collisions else ''}")
-    for name, lines in ('Kinetics', rows), ('AVA', ava_rows):
-        table = pd.read_csv(io.StringIO('\n'.join(lines)), header=None, names=['clip', 'second', *BOX], usecols=range(6))
-        boxes = table.drop_duplicates(ignore_index=True)
-        print(f'  recall of {name}: {describe_recall(boxes, best_overlaps(boxes, proposals), proposals)}')
     print(f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes the whole frame there')
     if problems:
         print(f'  {len(problems)} rows or proposals left out: malformed; report: {report}')

@@ -340,7 +340,8 @@ def write_page(root: Path, table, proposals: dict) -> None:
     came = {'clips in videos/': sum(name.endswith('.mp4') for name in list_names(root / 'videos')),
             'clips with raw frames': sum(bool(CLIP_NAME.fullmatch(name)) for name in list_names(root / 'rawframes')),
             'frames with proposals': len(proposals)}
-    tables = dict(numbers=describe(table, boxes, keyframes), came=pd.DataFrame({'count': came}),
+    numbers = describe(table, boxes, keyframes)
+    tables = dict(numbers=numbers, came=pd.DataFrame({'count': came}),
                   reasons=count_reasons(root / 'reports').set_index('step'))
     page = root / 'report.html'
     unfinished = page.with_name(f'.{page.name}.part')
@@ -350,6 +351,9 @@ def write_page(root: Path, table, proposals: dict) -> None:
                       for plot in draw_plots(root, table, boxes, keyframes, actions)),
         sheet=draw_sheet(root, table, keyframes, proposals, actions)), errors='replace')
     os.replace(unfinished, page)
+    for part, said in numbers.items():
+        print(f'  recall of {part}: proposals meet {said["recall at IoU 0.5"]} of {said["boxes"]} annotated boxes at IoU 0.5, '
+              f'{said["recall at IoU 0.75"]} at 0.75')
     print(f'  a page to look at: {page}')
 
 

@@ -19,6 +19,7 @@ from mmengine import Config
 
 import draw
 import fetch_proposal
+import softlink_ava
 from helpers import (FRAME_SIZES, REPO, TINY, assert_same_people, errors, load, overlap, read_csv, refused, run, snapshot,
                      write_root)
 
@@ -93,8 +94,8 @@ def test_recall_is_that_of_a_loop_over_pairs(fetched):
     table, _ = fetch_proposal.read_datalist(root / 'kinetics_train.csv')
     boxes = table[['clip', 'second', 'x1', 'y1', 'x2', 'y2']].drop_duplicates(ignore_index=True)
     shares = set()
-    for proposals in whole, moved, {}:
-        best = fetch_proposal.best_overlaps(boxes, proposals)
+    for module, proposals in itertools.product((fetch_proposal, softlink_ava), (whole, moved, {})):
+        best = module.best_overlaps(boxes, proposals)
         for least in 0.5, 0.75:
             assert ((best >= least).sum(), len(best)) == brute_force_recall(rows, proposals, least)
             shares.add(round((best >= least).mean(), 2))
