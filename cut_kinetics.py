@@ -126,16 +126,18 @@ def read_annotations(path: Path):
     with open(path, 'rb') as file:
         while block := file.read(BLOCK) + file.readline():
             try:
+                if block.split(b'\n', 1)[0].count(b',') > 6:
+                    raise ValueError('pandas would make an index of these columns, or fail on others')
                 table = pd.read_csv(io.BytesIO(block), header=None, names=['video', *NUMBERS], quoting=csv.QUOTE_NONE,
-                                    dtype={'video': str, **dict.fromkeys(NUMBERS, float)}, skip_blank_lines=False)
-                ids = table.video.unique().tolist()
-                if not isinstance(table.index, pd.RangeIndex) or not all(map(VIDEO_ID.fullmatch, ids)):
-                    raise ValueError('more columns, quotes, spaces')
+                                    dtype={'video': str, **dict.fromkeys(NUMBERS, float)}, skip_blank_lines=False,
+                                    keep_default_na=False, na_values=[''])
+                if not all(map(VIDEO_ID.fullmatch, table.video.unique().tolist())):
+                    raise ValueError('quotes, spaces')
                 named, blank = table.video.notna(), table.video.isna()
             except (ValueError, TypeError):  # a line that is not of this form: each is taken apart
                 lines = io.TextIOWrapper(io.BytesIO(block), 'utf-8-sig', 'replace').readlines()
                 rows = [[field.strip().strip('"') or None for field in line.split(',')] for line in lines]
-                table = pd.DataFrame([row + [None] * (7 - len(row)) if len(row) in (2, 7) else [''] * 7 for row in rows],
+                table = pd.DataFrame([row + [None] * (7 - len(row)) if len(row) <= 7 else [''] * 7 for row in rows],
                                      columns=['video', *NUMBERS])
                 numbers = table[NUMBERS].apply(pd.to_numeric, errors='coerce').astype(float)
                 table[NUMBERS] = numbers.mask(numbers.isna() & table[NUMBERS].notna(), -1)  # not a number
@@ -143,7 +145,7 @@ def read_annotations(path: Path):
                 blank = np.array([not line.strip() for line in lines])
             box, nobody = table[NUMBERS[1:5]], table[NUMBERS[1:]].isna().all(axis=1)
             inside = ((box >= 0) & (box <= 1)).all(axis=1) & (table.x1 < table.x2) & (table.y1 < table.y2)
-            faults = [('not 7 or 2 columns that begin with a video id', ~named),
+            faults = [('no video id, or more than 7 columns', ~named),
                       ('not a time in seconds', ~table.timestamp.between(0, 1e6, 'left')),
                       ('not a box within 0 and 1', ~(inside | nobody)),
                       ('not an action of 1 to 80', ~(table.action.between(1, 80) & (table.action % 1 == 0) | nobody))]
@@ -433,7 +435,7 @@ def workspace(path: Path):
     try:
         lock = open(path / 'lock', 'w')
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends, however it ends
-    except (BlockingIOError, FileNotFoundError):  # the latter where the other run has just ended
+    except BlockingIOError:
         sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
     for leftover in path.glob('*.*'):
         leftover.unlink()

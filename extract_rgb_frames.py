@@ -61,13 +61,13 @@ def count_frames(clip: str) -> int:
 def is_complete(clip: str, root: Path) -> bool:
     """Whether a clip has all its frames, none of them empty or older than the clip."""
     try:
-        cut = os.stat(root / f'videos/{clip}.mp4').st_mtime
+        clip_time = os.stat(root / f'videos/{clip}.mp4').st_mtime
         folder = os.open(root / 'rawframes' / clip, os.O_RDONLY)
     except OSError:
         return False
     try:
         frames = (os.stat(f'img_{index:05d}.jpg', dir_fd=folder) for index in range(1, count_frames(clip) + 1))
-        return all(frame.st_size and frame.st_mtime >= cut for frame in frames)
+        return all(frame.st_size and frame.st_mtime >= clip_time for frame in frames)
     except OSError:
         return False
     finally:
@@ -87,11 +87,11 @@ def full_range() -> tuple:
 
 
 def encode_jpeg(frame, luma, chroma) -> bytes:
-    """A frame of PyAV as JPEG. Only the range of its planes is changed: no way by RGB, which costs more."""
+    """A frame of PyAV as JPEG. Only the range of its planes is changed, without going through RGB, which costs more."""
     import cv2
     import numpy as np
     import simplejpeg
-    if frame.format.name not in ('yuv420p', 'yuvj420p') or frame.colorspace == BT709:  # never so in a clip of Step 3
+    if frame.format.name not in ('yuv420p', 'yuvj420p') or frame.colorspace == BT709:  # only in clips of other programs
         frame = frame.reformat(format='yuvj420p', dst_colorspace='ITU601', dst_color_range='JPEG')
     planes = [np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, :plane.width]
               for plane in frame.planes]
@@ -114,9 +114,8 @@ def extract_clip(clip: str, root: Path) -> str | None:
             stream.thread_count, stream.thread_type = 1, 'NONE'  # one thread a process beats many
             stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}
             for count, frame in enumerate(video.decode(stream), 1):
-                if count > expected:
-                    break
-                (work / f'img_{count:05d}.jpg').write_bytes(encode_jpeg(frame, *tables))
+                if count <= expected:
+                    (work / f'img_{count:05d}.jpg').write_bytes(encode_jpeg(frame, *tables))
         if count != expected:
             return f'wrong number of frames: {count} instead of {expected}; cut it again, Step 3'
         if os.path.lexists(frames):
@@ -137,10 +136,10 @@ def workspace(path: Path):
     try:
         lock = open(path / 'lock', 'w')
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends, however it ends
-    except (BlockingIOError, FileNotFoundError):  # the latter where the other run has just ended
+    except BlockingIOError:
         sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
     for leftover in path.glob('*/'):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         yield
     finally:
@@ -202,8 +201,12 @@ def run_all(function: Callable, items: list[tuple], args: argparse.Namespace) ->
                 futures.add(future)
 
 
-def extract(args: argparse.Namespace, root: Path, files: list[str], clips: list[str]) -> None:
+def extract(args: argparse.Namespace, root: Path) -> None:
     """Extract the clips that are not complete yet, write the report, say what came of it."""
+    files = sorted(name for name in os.listdir(root / 'videos') if not name.startswith('.'))
+    clips = [name[:-4] for name in files if name.endswith('.mp4') and CLIP_NAME.fullmatch(name[:-4])]
+    if not clips:
+        sys.exit(f'error: {root / "videos"} holds no clip; do Step 3 (cut_kinetics.py) first')
     known = {f'{clip}.mp4' for clip in clips}
     rows = [(name, 'not a clip: no name like ID_000001_000005.mp4') for name in files if name not in known]
     there = set()
@@ -242,12 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     root = args.avakinetics_root.absolute()
     if not (root / 'videos').is_dir():
         sys.exit(f'error: {root / "videos"} not found; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
-    files = sorted(name for name in os.listdir(root / 'videos') if not name.startswith('.'))
-    clips = [name[:-4] for name in files if name.endswith('.mp4') and CLIP_NAME.fullmatch(name[:-4])]
-    if not clips:
-        sys.exit(f'error: {root / "videos"} holds no clip; do Step 3 (cut_kinetics.py) first')
     try:
-        extract(args, root, files, clips)
+        extract(args, root)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; fix it, then run the same command again')
     except KeyboardInterrupt:

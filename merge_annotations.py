@@ -17,7 +17,6 @@ import contextlib
 import csv
 import fcntl
 import hashlib
-import io
 import os
 import pickle
 import re
@@ -32,9 +31,8 @@ MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 MERGED = b'\nmerged by merge_annotations.py\n'  # a trailer of merged pickles, which unpicklers ignore
 VIDEO = r'[A-Za-z0-9_-]{11}'
 CLIP = r'[A-Za-z0-9_-]{11}_[0-9]{6}_[0-9]{6}'
-BOX = ['x1', 'y1', 'x2', 'y2']
-COLUMNS = {'name': str, 'second': int, **dict.fromkeys(BOX, float), 'action': int, 'entity': int}
-BLOCK = 2 ** 22  # bytes of rows that are looked at together
+NUMBER = r'[-+]?(\d+\.?\d*|\.\d+)(e-\d+)?'
+ROW = r',\d{1,9}' + f',{NUMBER}' * 4 + r',\d{1,9},-?\d{1,9}'  # second, box, action, entity: what follows the name
 # What a pickle of arrays names, in NumPy 1 and 2 and in protocols 2 to 5
 ARRAY_PARTS = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode'),
                *((f'numpy.{core}.{module}', name) for core in ('core', '_core')
@@ -53,34 +51,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def is_readable(line: str, name: str) -> bool:
-    """Whether MMAction2 can read a row `name,second,x1,y1,x2,y2,action_id,entity_id` and its name is of this pattern."""
-    row = line.strip().split(',')
-    try:
-        int(row[1]), int(row[6]), int(row[7])
-        return bool(re.fullmatch(name, row[0]) and np.isfinite([float(value) for value in row[2:6]]).all())
-    except (ValueError, IndexError):
-        return False
-
-
 def read_rows(path: Path, name: str, problems: list[tuple]) -> list[str]:
-    """The lines that MMAction2 can read and that begin with such a name; the others are added to `problems`."""
-    import pandas as pd
-    rows, count = [], 0
+    """The rows `name,second,x1,y1,x2,y2,action_id,entity_id` of such names; the other lines are added to `problems`."""
+    readable, rows = re.compile(name + ROW, re.ASCII), []
     with open(path, encoding='utf-8-sig', errors='replace') as file:
-        while lines := file.readlines(BLOCK):
-            try:
-                table = pd.read_csv(io.StringIO(''.join(lines)), header=None, names=list(COLUMNS), dtype=COLUMNS,
-                                    quoting=csv.QUOTE_NONE, skip_blank_lines=False)
-                readable = table['name'].str.fullmatch(name) & np.isfinite(table[BOX]).all(axis=1)
-            except ValueError:  # a row that is not of this form: each is looked at alone
-                readable = [is_readable(line, name) for line in lines]
-            for number, (line, good) in enumerate(zip(lines, readable), count + 1):
-                if good:
-                    rows.append(line.strip())
-                elif line.strip():
-                    problems.append(('', '', f'malformed row: line {number} of {path.name}'))
-            count += len(lines)
+        for number, line in enumerate(map(str.strip, file), 1):
+            if readable.fullmatch(line):
+                rows.append(line)
+            elif line:
+                problems.append(('', '', f'malformed row: line {number} of {path.name}'))
     return rows
 
 
@@ -123,14 +102,11 @@ def read_proposals(path: Path, problems: list[tuple]) -> dict[str, np.ndarray]:
 
 
 def check_list(rows: Path, proposals: Path) -> None:
-    """End where Step 6 made the proposals of another list than these rows, as its trailer of their pickle says."""
-    with open(proposals, 'rb') as file:
-        file.seek(max(0, proposals.stat().st_size - 74))
-        made_of = re.fullmatch(rb'\nmade of ([0-9a-f]{64})\n', file.read())
-    with open(rows, 'rb') as file:
-        if made_of and made_of[1].decode() != hashlib.file_digest(file, 'sha256').hexdigest():
-            sys.exit(f'error: {proposals} was made of another list than {rows}; repeat Step 6: fetch_proposal.py '
-                     f'--datalist={rows} --picklepath={proposals}')
+    """Exit if the pickle's trailer says that Step 6 made it for another list."""
+    made_for = re.search(rb'\nmade of ([0-9a-f]{64})\n\Z', proposals.read_bytes()[-100:])
+    if made_for and made_for[1].decode() != hashlib.sha256(rows.read_bytes()).hexdigest():
+        sys.exit(f'error: {proposals} was made for another list than {rows}; repeat Step 6: fetch_proposal.py '
+                 f'--datalist={rows} --picklepath={proposals}')
 
 
 def original_of(path: Path) -> Path:
@@ -141,7 +117,7 @@ def original_of(path: Path) -> Path:
 def own_file(path: Path, merged: bool, copy_ava: str) -> Path:
     """AVA's own file: `path` or, where that is merged already, the one that the first merge kept beside it."""
     if merged and not original_of(path).is_file():
-        sys.exit(f'error: {path} holds Kinetics already, merged by another program; {copy_ava}')
+        sys.exit(f"error: {path} holds Kinetics already, and AVA's own is not kept beside it; {copy_ava}")
     return original_of(path) if merged else path
 
 
@@ -155,8 +131,7 @@ def merge(kinetics: list[Path], own: list[Path], merged: list[Path], report: Pat
 
     Each argument is a csv of annotations and a pickle of proposals: of Kinetics, AVA's own, and where the merged ones go.
     """
-    import pandas as pd
-    with contextlib.suppress(OSError):  # some file servers cannot
+    with contextlib.suppress(OSError):  # some file servers have no locks
         fcntl.flock(os.open(merged[0].parent, os.O_RDONLY), fcntl.LOCK_EX)  # a second merge waits until this process ends
     check_list(*kinetics)
     problems = []
@@ -166,11 +141,14 @@ def merge(kinetics: list[Path], own: list[Path], merged: list[Path], report: Pat
     for path, found in (kinetics[0], rows), (own_csv, ava_rows):
         if not found:
             sys.exit(f'error: {path} holds no row of annotations; make it again')
-    ours = own[1].read_bytes().endswith(MERGED)
-    ava_proposals = read_proposals(own_file(own[1], ours, copy_ava), problems)
+    own_pickle = own_file(own[1], own[1].read_bytes().endswith(MERGED), copy_ava)
+    malformed = []
+    ava_proposals = read_proposals(own_pickle, malformed)
     of_kinetics = {row[:11] for row in rows} - {row[:11] for row in ava_rows}
-    theirs = any(key[:11] in of_kinetics for key in ava_proposals)
-    own_pickle = own_file(own[1], ours or theirs, copy_ava)
+    if any(key[:11] in of_kinetics for key in ava_proposals):  # merged by another program
+        own_pickle, malformed = own_file(own[1], True, copy_ava), []
+        ava_proposals = read_proposals(own_pickle, malformed)
+    problems += malformed
     proposals = read_proposals(kinetics[1], problems)
     collisions = len(proposals.keys() & ava_proposals.keys())
     proposals.update(ava_proposals)
@@ -185,7 +163,8 @@ def merge(kinetics: list[Path], own: list[Path], merged: list[Path], report: Pat
             shutil.copyfile(path, part_of(original_of(path)))
             os.replace(part_of(original_of(path)), original_of(path))
     report.parent.mkdir(exist_ok=True)
-    pd.DataFrame(problems, columns=['video_id', 'timestamp', 'reason']).to_csv(part_of(report), index=False)
+    with open(part_of(report), 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
+        csv.writer(file, lineterminator='\n').writerows([('video_id', 'timestamp', 'reason'), *problems])
     for path in *merged, report:
         os.replace(part_of(path), path)
 

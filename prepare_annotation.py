@@ -58,16 +58,18 @@ def read_annotations(path: Path):
     with open(path, 'rb') as file:
         while block := file.read(BLOCK) + file.readline():
             try:
+                if block.split(b'\n', 1)[0].count(b',') > 6:
+                    raise ValueError('pandas would make an index of these columns, or fail on others')
                 table = pd.read_csv(io.BytesIO(block), header=None, names=['video', *NUMBERS], quoting=csv.QUOTE_NONE,
-                                    dtype={'video': str, **dict.fromkeys(NUMBERS, float)}, skip_blank_lines=False)
-                ids = table.video.unique().tolist()
-                if not isinstance(table.index, pd.RangeIndex) or not all(map(VIDEO_ID.fullmatch, ids)):
-                    raise ValueError('more columns, quotes, spaces')
+                                    dtype={'video': str, **dict.fromkeys(NUMBERS, float)}, skip_blank_lines=False,
+                                    keep_default_na=False, na_values=[''])
+                if not all(map(VIDEO_ID.fullmatch, table.video.unique().tolist())):
+                    raise ValueError('quotes, spaces')
                 named, blank = table.video.notna(), table.video.isna()
             except (ValueError, TypeError):  # a line that is not of this form: each is taken apart
                 lines = io.TextIOWrapper(io.BytesIO(block), 'utf-8-sig', 'replace').readlines()
                 rows = [[field.strip().strip('"') or None for field in line.split(',')] for line in lines]
-                table = pd.DataFrame([row + [None] * (7 - len(row)) if len(row) in (2, 7) else [''] * 7 for row in rows],
+                table = pd.DataFrame([row + [None] * (7 - len(row)) if len(row) <= 7 else [''] * 7 for row in rows],
                                      columns=['video', *NUMBERS])
                 numbers = table[NUMBERS].apply(pd.to_numeric, errors='coerce').astype(float)
                 table[NUMBERS] = numbers.mask(numbers.isna() & table[NUMBERS].notna(), -1)  # not a number
@@ -75,7 +77,7 @@ def read_annotations(path: Path):
                 blank = np.array([not line.strip() for line in lines])
             box, nobody = table[NUMBERS[1:5]], table[NUMBERS[1:]].isna().all(axis=1)
             inside = ((box >= 0) & (box <= 1)).all(axis=1) & (table.x1 < table.x2) & (table.y1 < table.y2)
-            faults = [('not 7 or 2 columns that begin with a video id', ~named),
+            faults = [('no video id, or more than 7 columns', ~named),
                       ('not a time in seconds', ~table.timestamp.between(0, 1e6, 'left')),
                       ('not a box within 0 and 1', ~(inside | nobody)),
                       ('not an action of 1 to 80', ~(table.action.between(1, 80) & (table.action % 1 == 0) | nobody))]
@@ -108,7 +110,7 @@ def missing_frames(root: Path, clip: str) -> tuple[bool, str]:
     try:
         with av.open(str(root / f'videos/{clip}.mp4'), format='mov') as video:
             count = sum(packet.size > 0 for packet in video.demux(video=0))
-        return False, problem or f'frames missing: {total - count} of {total}' if count < total else ''
+        return False, '' if count == total else problem or f'wrong number of frames: {count} instead of {total}'
     except (av.FFmpegError, IndexError) as error:
         return False, problem or f'unreadable clip: {getattr(error, "strerror", None) or "no video"}'
 
@@ -123,7 +125,7 @@ def find_clips(root: Path, videos: set[str]) -> list[str]:
 
 
 def choose_clips(clips, keyframes):
-    """For each keyframe (video, second) the clip that holds it: one that is whole, then the one in which it is most centred.
+    """For each keyframe (video, second) the clip that holds it, a whole one if there is one, then the most centred.
 
     `clips` has the columns clip, video, start, end and problem; keyframes in no clip are left out.
     """
@@ -131,14 +133,6 @@ def choose_clips(clips, keyframes):
     held = held[(held.start <= held.second) & (held.second < held.end)]
     held = held.assign(broken=held.problem != '', distance=(held.start + held.end - 2 * held.second).abs())
     return held.sort_values(['broken', 'distance', 'clip']).drop_duplicates(['video', 'second'])
-
-
-def write_report(path: Path, rows: list[tuple]) -> None:
-    import pandas as pd
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.part')
-    pd.DataFrame(rows, columns=['video_id', 'timestamp', 'reason']).to_csv(part, index=False, errors='backslashreplace')
-    os.replace(part, path)
 
 
 def prepare(args: argparse.Namespace, annotations: Path) -> None:
@@ -150,7 +144,8 @@ def prepare(args: argparse.Namespace, annotations: Path) -> None:
     keyframes = table.loc[table.x1.notna(), ['video', 'second']].drop_duplicates()
     nobody = table.loc[table.x1.isna(), ['video', 'second']].drop_duplicates()
     if keyframes.empty:
-        sys.exit(f'error: {annotations} holds no annotated keyframe; do Step 2 again or set --avakinetics_anotation')
+        first = f'; its first fault: {malformed[0][2]}' if malformed else ''
+        sys.exit(f'error: {annotations} holds no annotated keyframe{first}; do Step 2 again or set --avakinetics_anotation')
     names = find_clips(root, set(keyframes.video))
     if not names:
         sys.exit(f'error: {root} holds no clip of the {keyframes.video.nunique()} videos annotated in {annotations}; '
@@ -162,10 +157,14 @@ def prepare(args: argparse.Namespace, annotations: Path) -> None:
                               end=[int(name[-6:]) for name in names], raw=raw, problem=problems))
     chosen = keyframes.merge(choose_clips(clips, keyframes), on=['video', 'second'], how='left')
     lost = chosen[chosen.problem != ''].fillna({'problem': 'no clip holds this keyframe', 'clip': ''})
-    used = chosen[chosen.problem == '']
+    used = chosen[chosen.problem == ''].astype({'raw': bool})
     report = root / f'reports/prepare_annotation_{args.split}.csv'
-    write_report(report, sorted((row.video, row.second, f'{row.problem} in {row.clip}' if row.clip else row.problem)
-                                for row in lost.itertuples()) + malformed)
+    report.parent.mkdir(exist_ok=True)
+    part = report.with_name(f'.{report.name}.part')
+    left_out = sorted((row.video, row.second, f'{row.problem} in {row.clip}' if row.clip else row.problem)
+                      for row in lost.itertuples())
+    pd.DataFrame(left_out + malformed, columns=['video_id', 'timestamp', 'reason']).to_csv(part, index=False)
+    os.replace(part, report)
     if used.empty:
         sys.exit(f'error: not one annotation has its frames; {report} says why')
     rows = table[table.x1.notna()].merge(used[['video', 'second', 'clip']], on=['video', 'second'])
@@ -177,10 +176,10 @@ def prepare(args: argparse.Namespace, annotations: Path) -> None:
 
     used_clips = used.drop_duplicates('clip')
     print(f'{len(rows)} rows in {target}: {len(used)} of {len(keyframes)} annotated keyframes, on {len(used_clips)} clips, '
-          f'{used_clips.raw.sum()} by their raw frames, {(~used_clips.raw.astype(bool)).sum()} by their videos')
+          f'{used_clips.raw.sum()} by their raw frames, {(~used_clips.raw).sum()} by their videos')
     if used_clips.raw.nunique() > 1:
-        print('  training reads either frames or videos of Kinetics: extract the frames that are missing (Step 4), then repeat '
-              'this step, or let it read videos alone')
+        print('  training reads either frames or videos of Kinetics: extract the missing frames (Step 4) and repeat this step, '
+              'or train from videos only')
     for reason, count in lost.problem.str.split(':').str[0].value_counts().items():
         print(f'  {count} keyframes left out: {reason}')
     if len(nobody):

@@ -10,7 +10,6 @@ What is missing is in ROOT/reports/softlink_ava.csv. ROOT/report.html shows the 
 """
 import argparse
 import base64
-import csv
 import html
 import io
 import os
@@ -27,7 +26,8 @@ from tqdm import tqdm
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
-NAME = re.compile(r'[A-Za-z0-9_-]{11}(_[0-9]{6}_[0-9]{6})?')
+NUMBER = r'[-+]?(\d+\.?\d*|\.\d+)(e-\d+)?'
+ROW = re.compile(r'[A-Za-z0-9_-]{11}(_\d{6}_\d{6})?,\d{1,9}' + f',{NUMBER}' * 4 + r',\d{1,9},-?\d{1,9}', re.ASCII)
 # What MMAction2's configs of AVA-Kinetics name in ROOT/annotations, beside the merged rows
 NEEDED = ['ava_action_list_v2.2_for_activitynet_2019.pbtxt', 'ava_train_excluded_timestamps_v2.2.csv',
           'ava_dense_proposals_train.FAIR.recall_93.9.pkl', 'ava_val_v2.2.csv', 'ava_val_excluded_timestamps_v2.2.csv',
@@ -88,15 +88,14 @@ def link_folder(source: Path, link: Path) -> str:
 def read_annotations(path: Path):
     """The rows that MMAction2 can read as a DataFrame of COLUMNS, and report rows on the other lines."""
     import pandas as pd
-    try:  # more columns than eight are not read
-        table = pd.read_csv(path, header=None, names=COLUMNS, usecols=range(8), dtype={'clip': str}, na_filter=False,
-                            skip_blank_lines=False, quoting=csv.QUOTE_NONE, encoding_errors='replace', low_memory=False)
-    except pd.errors.EmptyDataError:
-        table = pd.DataFrame(columns=COLUMNS, dtype=str)
-    table[COLUMNS[1:]] = table[COLUMNS[1:]].apply(pd.to_numeric, errors='coerce').astype(float)
-    good = table['clip'].str.fullmatch(NAME.pattern) & np.isfinite(table[COLUMNS[1:]]).all(axis=1)
-    problems = [(f'line {index + 1} of {path.name}', 'malformed row: training stops at it') for index in table.index[~good]]
-    return table[good].astype(dict(second=int, action=int)), problems
+    rows, problems = [','.join(COLUMNS)], []
+    with open(path, errors='replace') as file:
+        for number, line in enumerate(file, 1):
+            if ROW.fullmatch(line.strip()):
+                rows.append(line.strip())
+            else:
+                problems.append((f'line {number} of {path.name}', 'malformed row: training stops at it'))
+    return pd.read_csv(io.StringIO('\n'.join(rows)), dtype={'clip': str}), problems
 
 
 def is_there(file: str) -> bool:

@@ -193,9 +193,9 @@ def test_every_unusable_line_is_reported_with_its_number(world):
     assert read_csv(world / 'root/reports/cut_kinetics_train.csv')[1:] == [
         ['aaaaaaaaaaa', '150', 'no listed video holds this second'], ['bbbbbbbbbbb', '3', 'video not in the list'],
         ['ddddddddddd', '3', 'no listed video holds this second'],
-        ['', '', 'malformed annotation: line 2: not 7 or 2 columns that begin with a video id'],
+        ['', '', 'malformed annotation: line 2: not a box within 0 and 1'],
         ['', '', 'malformed annotation: line 3: not a time in seconds'],
-        ['', '', 'malformed annotation: line 4: not 7 or 2 columns that begin with a video id'],
+        ['', '', 'malformed annotation: line 4: no video id, or more than 7 columns'],
         ['', '', 'malformed annotation: line 5: not a box within 0 and 1'],
         ['', '', 'malformed annotation: line 6: not a box within 0 and 1'],
         ['', '', 'malformed annotation: line 7: not an action of 1 to 80'],

@@ -20,7 +20,9 @@ import pytest
 import torch
 
 import draw
+import cut_kinetics
 import fetch_proposal
+import prepare_annotation
 import sample_world
 from helpers import (REPO, TINY, annotation_rows, fake_frames, errors, load, numbered_source, read_csv, refused, run, snapshot,
                      write_root)
@@ -189,6 +191,8 @@ ANNOTATIONS = {  # name -> (line, whether it is one); None: it is no line at all
     'quotes': (','.join(f'"{field}"' for field in LINE.split(',')), True),
     'spaces': (LINE.replace(',', ' , '), True),
     'no people': ('aaaaaaaaaaa,6', True),
+    'no people, with commas': ('aaaaaaaaaaa,6,,', True),
+    'no people, not available': ('aaaaaaaaaaa,6,NA,NA,NA,NA,NA', False),
     'no line': ('', None),
     'white space': (' \t ', None),
     'NaN time': (LINE.replace(',5,', ',nan,'), False),
@@ -256,6 +260,17 @@ def test_annotation_lines(annotated, name, step):
     number = names.index(name) + 1
     assert (number in annotated[step]) == (ANNOTATIONS[name][1] is False)
     assert all(len(reason) < 300 for reason in annotated[step].values())
+
+
+@pytest.mark.parametrize('script', [cut_kinetics, prepare_annotation])
+def test_an_annotation_is_judged_alike_beside_any_other(script, tmp_path):
+    """Alone, pandas reads it where it can; beside a line in quotes it is taken apart."""
+    for name, (line, good) in ANNOTATIONS.items():
+        data = line.encode() if isinstance(line, str) else line
+        for neighbour in b'', b'\n"aaaaaaaaaaa","7"':
+            (tmp_path / 'annotations.csv').write_bytes(data + neighbour + b'\n')
+            table, problems = script.read_annotations(tmp_path / 'annotations.csv')
+            assert len(table) == (good is True) + bool(neighbour) and len(problems) == (good is False), (name, neighbour)
 
 
 LIST_LINES = {  # name -> (line, whether the video that it names, 'aaaaaaaaaaa', can be cut from there)
@@ -629,6 +644,10 @@ MERGED_ROWS = [
     'aaaaaaaaaaa_000103_000107,105,0,0,1,1,1e9,-1',
     '\0',
     '\ufeff',
+    'aaaaaaaaaaa_000103_000107,105.0,0,0,1,1,12,-1',
+    'aaaaaaaaaaa_000103_000107,99999999999999999999,0,0,1,1,12,-1',
+    'aaaaaaaaaaa_000103_000107,105,0,0,1,1,12,-1,"x',
+    'aaaaaaaaaaa_000103_000107,1_05,0,0,1,1,12,-1',
 ]
 
 

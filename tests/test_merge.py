@@ -165,7 +165,20 @@ def test_merge_errors_say_what_to_do(root):
     assert 'holds no row' in errors(merge(root, code=1))
     (root / 'kinetics_train.csv').write_text(KINETICS_ROWS)
     (root / CSV).write_text(KINETICS_ROWS + AVA_ROWS)  # merged by MMAction2's script before
-    assert 'merged by another program' in errors(merge(root, code=1))
+    assert "AVA's own is not kept beside it" in errors(merge(root, code=1))
+
+
+def test_another_programs_merge_over_ours_gives_way(root):
+    """It holds boxes of Kinetics that are old by now; AVA's own are those that our first merge kept."""
+    merge(root)
+    old = load(root / PICKLE)
+    old[next(iter(KINETICS))] = np.full((1, 5), 0.125)
+    (root / PICKLE).write_bytes(pickle.dumps(old))
+    said = merge(root).stdout
+    merged = load(root / PICKLE)
+    assert merged.keys() == old.keys() and '2 of Kinetics, 2 of AVA' in said
+    for key, boxes in {**KINETICS, **AVA}.items():
+        np.testing.assert_array_equal(merged[key], boxes)
 
 
 @pytest.fixture
