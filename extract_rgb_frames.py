@@ -184,21 +184,26 @@ def run_all(function: Callable, items: list[tuple], args: argparse.Namespace) ->
         reason = str(error).split('\n')[0]
         sys.exit(f'error: no Dask scheduler with workers at {args.dask_scheduler} ({reason}); start them first')
     with client:
-        waiting = iter(items)
-        todo = {client.submit(function, *item, pure=False): item for item in islice(waiting, AHEAD)}
-        futures = as_completed(list(todo))
-        for future in futures:
-            item = todo.pop(future)
-            try:
-                yield item, future.result(), None
-            except KilledWorker:
-                yield item, None, 'given up: the workers of the cluster that had it were killed'
-            except (CancelledError, CommClosedError):
-                sys.exit(f'error: the Dask scheduler at {args.dask_scheduler} went away; run the same command again')
-            for item in islice(waiting, 1):
-                future = client.submit(function, *item, pure=False)
-                todo[future] = item
-                futures.add(future)
+        suspects = []
+        for batch, ahead in (items, AHEAD), (suspects, 1):  # one by one, as most were only beside the one that killed
+            waiting = iter(batch)
+            todo = {client.submit(function, *item, pure=False): item for item in islice(waiting, ahead)}
+            futures = as_completed(list(todo))
+            for future in futures:
+                item = todo.pop(future)
+                try:
+                    yield item, future.result(), None
+                except KilledWorker:
+                    if batch is items:
+                        suspects.append(item)
+                    else:
+                        yield item, None, 'given up: the workers of the cluster that had it were killed'
+                except (CancelledError, CommClosedError):
+                    sys.exit(f'error: the Dask scheduler at {args.dask_scheduler} went away; run the same command again')
+                if following := next(waiting, None):
+                    future = client.submit(function, *following, pure=False)
+                    todo[future] = following
+                    futures.add(future)
 
 
 def extract(args: argparse.Namespace, root: Path) -> None:

@@ -208,6 +208,7 @@ def test_two_runs_at_once(job, step, tmp_path):
     before = tree(root)
     runs = [subprocess.Popen(job.command(step, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)]
     wait_for_work(runs[0], root, before)
+    time.sleep(0.1)  # it may have made its folder, but not yet taken it
     runs[0].send_signal(signal.SIGSTOP)
     runs.append(subprocess.Popen(job.command(step, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     if step in ('cut', 'cut archives', 'extract', 'fetch'):
