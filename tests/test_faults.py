@@ -93,7 +93,7 @@ class Job:
         notes = folder / 'ava/annotations'
         sample_world.draw_other_annotations(notes)
         (notes / 'ava_train_v2.2.csv').write_text(
-            ''.join(f'{video},0902,0.1,0.2,0.3,0.4,12,0\n' for video in ('-5KQ66BBWC4', 'AVA_mov-1_x')))
+            ''.join(f'{video},0902,0.1,0.2,0.3,0.4,12,0\n' for video in ('-5KQ66BBWC4', 'AVA_mov-1_x')) * 100_000)  # a quarter of AVA's
         (notes / 'ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(
             sample_world.fair_pickle({f'{video},0902': np.ones((1, 5)) for video in ('-5KQ66BBWC4', 'AVA_mov-1_x')}))
 
@@ -168,18 +168,20 @@ def test_killed_at_random_moments(job, step, tmp_path):
 @pytest.mark.parametrize('step', STEPS)
 def test_interrupted(job, step, number, tmp_path):
     """Ctrl-C goes to the whole process group, what kill and batch systems send to the script alone: one line, exit code 130."""
-    chance, seconds, codes = random.Random(f'{step}{number}'), job.seconds[step], []
-    root = tmp_path / 'root'
-    while len(codes) < 3 or 130 not in codes and len(codes) < 20:
+    chance, codes, root = random.Random(f'{step}{number}'), [], tmp_path / 'root'
+    early, late = 0.15 * job.seconds[step], 0.9 * job.seconds[step]  # which close in on the work, a few ms in a short step
+    while len(codes) < 3 or 130 not in codes and len(codes) < 40:
         if not codes or codes[-1] == 0:  # a step that is done has too short a second run to be interrupted
             shutil.rmtree(root, ignore_errors=True)
             shutil.copytree(job.before(step), root, symlinks=True)
         process = subprocess.Popen(
             job.command(step, root), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        time.sleep(chance.uniform(0.15, 0.9) * seconds)
+        delay = chance.uniform(early, late)
+        time.sleep(delay)
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         out, err = process.communicate(timeout=60)
         codes.append(process.returncode)
+        early, late = (early, (late + delay) / 2) if codes[-1] == 0 else ((early + delay) / 2, late * 1.1)
         if 'Traceback' in err:  # Python's own message, of this process or a worker that was still importing, or its beginning
             assert process.returncode in (0, 1, 130, -number, -signal.SIGINT), err
             after = err.split('Traceback (most recent call last):\n', 1)[1]
