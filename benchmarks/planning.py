@@ -37,6 +37,7 @@ def write_job(annotations: Path, kinetics: Path, copies: int, folder: Path) -> t
 
 
 def plan(annotations: Path, listing: Path, queue) -> None:
+    import pandas  # noqa: F401, whose import is not planning
     start = time.perf_counter()
     keyframes, _, _ = cut_kinetics.read_keyframes(annotations)
     sources, _ = cut_kinetics.read_sources(listing, set(keyframes.video.tolist()))
