@@ -17,6 +17,14 @@ from helpers import TINY, run, snapshot  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would the steps
 
 
+@pytest.fixture(autouse=True)
+def ended_by_sigterm():
+    """A main that a test calls takes SIGTERM for Ctrl-C, with which pools that MMAction2 forks may hang at their end."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @pytest.fixture
 def world(tmp_path):
     """Folders of a small job: annotations and sources to be filled in by the test."""

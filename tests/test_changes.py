@@ -1,6 +1,7 @@
 """What changes between two runs: a product that is older than its input is made again, and what cannot be mixed is refused."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -189,3 +190,20 @@ def test_what_another_user_left_unfinished_is_no_obstacle(job):
     assert not [path for path in (job / 'root').rglob('.*')]
     modes = {path.stat().st_mode & 0o777 for path in (job / 'root/rawframes').iterdir()}
     assert modes == {0o775} and (job / f'root/videos/{CLIP}.mp4').stat().st_mode & 0o777 == 0o664
+
+
+@pytest.mark.parametrize('name', ['short_side', 'ffmpeg', 'encoder', 'format'])
+def test_clips_of_any_other_option_are_not_mixed(job, name):
+    note = job / 'root/reports/cut_kinetics_options.json'
+    noted = json.loads(note.read_text())
+    assert re.match(r'n?\d', noted['ffmpeg']) and '-crf' in noted['encoder']
+    note.write_text(json.dumps(noted | {name: 'other'}))
+    assert f'were made with {name}=other; --overwrite' in errors(cut(job, code=1))
+
+
+def test_a_killed_ffmpeg_is_no_fault_of_the_video(job):
+    (job / 'ffmpeg').write_text('#!/bin/sh\n[ $1 = -version ] || kill -9 $$\n')
+    (job / 'ffmpeg').chmod(0o755)
+    cut(job, '--overwrite', f'--ffmpeg={job}/ffmpeg', code=1)
+    assert [row[2] for row in report(job)] == ['unreadable video: ffmpeg was killed, as it happens when memory runs out'] * 2
+    assert (job / f'root/videos/{CLIP}.mp4').exists()

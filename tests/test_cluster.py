@@ -243,3 +243,13 @@ def test_cluster_errors_say_what_to_do(job, tmp_path):
         text=True,
     )
     assert 'pip install distributed' in errors(done) and done.returncode == 1
+
+
+def test_more_items_than_the_cluster_is_given_at_once(job, shared, tmp_path):
+    for script, *options in steps(job, tmp_path / 'root', shared)[:2]:
+        source = (REPO / script).read_text()
+        assert source.count('AHEAD = 2000') == 1
+        (tmp_path / script).write_text(source.replace('AHEAD = 2000', 'AHEAD = 3'))
+        run(tmp_path / script, *options, cwd=job)
+    for name in 'videos', 'rawframes':
+        assert snapshot(tmp_path / 'root' / name) == snapshot(job / 'root' / name)

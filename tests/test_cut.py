@@ -1,10 +1,5 @@
 """Step 3 on sources of every kind: each frame of each clip is the nearest one of the source."""
-import os
-import random
-import signal
 import subprocess
-import sys
-import time
 from fractions import Fraction
 
 import cv2
@@ -13,7 +8,7 @@ import numpy as np
 import pytest
 
 import draw
-from helpers import (REPO, SIZE, VARIANTS, annotation_rows, clip_frames, errors, number_times, numbered_source, read_csv, run,
+from helpers import (SIZE, VARIANTS, annotation_rows, clip_frames, errors, number_times, numbered_source, read_csv, run,
                      snapshot)
 
 # Kinetics-700 class names, with what shells and splitting at spaces stumble over
@@ -236,16 +231,8 @@ def test_errors_say_what_to_do(world):
     assert 'do Step 1' in errors(cut(world, code=1))
 
 
-@pytest.mark.parametrize('seed', range(4))
-def test_killed_at_any_moment_and_run_again(matrix, tmp_path, seed):
-    folder, _ = matrix
-    command = [sys.executable, str(REPO / 'cut_kinetics.py'), f'--avakinetics_anotation={folder}/ava_kinetics_v1_0',
-               f'--kinetics_list={folder}/kinetics700/list.txt', f'--avakinetics_root={tmp_path}/root']
-    process = subprocess.Popen(command, cwd=folder, start_new_session=True, stderr=subprocess.DEVNULL)
-    time.sleep(random.Random(seed).uniform(0.6, 2.5))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert f'{len(VARIANTS)} of {len(VARIANTS)} annotated keyframes' in done.stdout
-    assert snapshot(tmp_path / 'root') == snapshot(folder / 'root')
-    assert not list((tmp_path / 'root').rglob('.*'))
+@pytest.mark.parametrize('side,coder', [(480, b'cabac=0'), (482, b'cabac=1')])
+def test_large_pictures_are_coded_with_cabac(world, side, coder):
+    make(world, {'aaaaaaaaaaa_000100_000110.mp4': dict(size=(640, side))}, annotation_rows('aaaaaaaaaaa', 105))
+    cut(world)
+    assert coder in (world / 'root/videos/aaaaaaaaaaa_000103_000107.mp4').read_bytes()

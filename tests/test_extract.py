@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import draw
+import extract_rgb_frames
 from helpers import errors, numbered_source, read_csv, run, snapshot
 
 
@@ -80,3 +81,12 @@ def test_errors_say_what_to_do(tmp_path):
     assert 'do Step 3' in errors(run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1))
     (tmp_path / 'bare/videos/EMPTY-EMPTY_000000_000002.mp4').touch()
     assert 'not one clip' in errors(run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1))
+
+
+def test_finished_clips_are_looked_through_in_chunks(tmp_path, monkeypatch, capsys):
+    for name in '-a_b-c_d-e__000010_000012', 'Zz_00-AbCdE_000000_000002':
+        make_clip(tmp_path, name)
+    monkeypatch.setattr(extract_rgb_frames, 'CHUNK', 1)
+    for said in '2 extracted now, 0 there already', '0 extracted now, 2 there already':
+        extract_rgb_frames.main([f'--avakinetics_root={tmp_path}', '--num_workers=1'])
+        assert said in capsys.readouterr().out

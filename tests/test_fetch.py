@@ -1,4 +1,6 @@
 """Step 6: real detections of a real detector, equal to what mmdet gives frame by frame."""
+import functools
+import http.server
 import itertools
 import json
 import os
@@ -8,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import cv2
@@ -51,7 +55,8 @@ def test_keys_are_the_keyframes_and_their_neighbours(fetched):
     for boxes in proposals.values():
         assert boxes.dtype == np.float64 and boxes.shape[1] == 5
         assert boxes.min() >= 0 and boxes.max() <= 1 and (boxes[:, 4] > 0.7).all()
-    assert b'numpy._core' not in (root / 'kinetics_proposal.pkl').read_bytes()
+    data, digest = (root / 'kinetics_proposal.pkl').read_bytes(), sha256((root / 'kinetics_train.csv').read_bytes())
+    assert b'numpy._core' not in data and data.endswith(f'\nmade of {digest.hexdigest()}\n'.encode())
 
 
 def test_neighbours_outside_the_clip_are_left_out(tmp_path):
@@ -345,6 +350,26 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
     assert 'does not fit the config' in message and 'backbone.' in message
     for option in '--neighbors=-1', '--batch_size=0', '--score_thr=1', '--num_workers=0', '--num_gpus=-1':
         assert 'must be' in refusal(option)
+
+
+def test_a_checkpoint_is_downloaded_once(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    data = Path(TINY[1].split('=')[1]).read_bytes()
+    names = ['x.pth', f'x-{sha256(data).hexdigest()[:8]}.pth', 'x-00000000.pth']
+    for name in names:
+        (tmp_path / name).write_bytes(data)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f'http://127.0.0.1:{server.server_port}/'
+        paths = [fetch_proposal.local_checkpoint(url + name) for name in names[:2]]
+        with pytest.raises(SystemExit, match='cannot be downloaded'):  # another file than its name says
+            fetch_proposal.local_checkpoint(url + names[2])
+    finally:
+        server.shutdown()
+    assert [path.read_bytes() for path in paths] == [data, data]
+    assert [fetch_proposal.local_checkpoint(url + name) for name in names[:2]] == paths
 
 
 def test_killed_and_run_again(tmp_path):

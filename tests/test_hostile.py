@@ -40,14 +40,15 @@ def ffmpeg(*arguments) -> bytes:
     return subprocess.run([draw.FFMPEG, '-v', 'error', *arguments, '-'], capture_output=True, check=True).stdout
 
 
-def huge_png_video() -> bytes:
-    """A Matroska video of one PNG whose header claims 60,000 by 60,000 pixels: 10 GB as RGB."""
-    data = ffmpeg('-f', 'lavfi', '-i', 'color=s=64x64:d=10:r=1', '-c:v', 'png', '-f', 'matroska')
+def huge_png_video(container: str) -> bytes:
+    """A video of PNGs whose headers claim 8,000 by 8,000 pixels, which FFmpeg itself would take."""
+    data = ffmpeg('-f', 'lavfi', '-i', 'color=s=64x64:d=10:r=1', '-c:v', 'png', '-movflags', 'frag_keyframe+empty_moov',
+                  '-f', container)
     header = b'IHDR' + struct.pack('>II', 64, 64)
     start = data.index(header)
-    claimed = b'IHDR' + struct.pack('>II', 60000, 60000) + data[start + 12 : start + 17]
+    claimed = b'IHDR' + struct.pack('>II', 8000, 8000) + data[start + 12:start + 17]
     checked = claimed + struct.pack('>I', zlib.crc32(claimed))
-    return data.replace(data[start : start + 21], checked)
+    return data.replace(data[start:start + 21], checked)
 
 
 @pytest.fixture(scope='module')
@@ -96,10 +97,10 @@ VIDEOS = {  # name -> (content made of a good source and a folder, how the reaso
     'one frame': (
         lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'color=s=64x64:d=1', '-c:v', 'libx264', '-frames:v', '1', '-f', 'matroska'),
         SHORT),
-    'huge pictures claimed': (lambda data, _: huge_png_video(), UNREADABLE),
-    'playlist of another file': (lambda data, folder: f"ffconcat version 1.0\nfile '{folder}/secret.mp4'\n".encode(),
-                                 UNREADABLE),
-    'playlist of itself': (lambda data, _: b'ffconcat version 1.0\nfile vids-00020_000000_000010.mp4\n', UNREADABLE),
+    'huge pictures claimed': (lambda data, _: huge_png_video('matroska'), UNREADABLE + 'Picture size 8000x8000 exceeds'),
+    'playlist of another file': (
+        lambda data, _: b'ffconcat version 1.0\nfile vids-00000x_000000_000010.mp4\n', UNREADABLE),
+    'playlist of itself': (lambda data, _: b'ffconcat version 1.0\nfile vids-00020x_000000_000010.mp4\n', UNREADABLE),
     'web playlist': (lambda data, folder: b'#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n', UNREADABLE),
     'subtitles': (lambda data, _: b'1\n00:00:00,000 --> 00:00:10,000\nhello\n', UNREADABLE),
     'Matroska named mp4': (
@@ -410,9 +411,19 @@ CLIPS = {
     'wrong length': lambda data: ffmpeg(
         '-f', 'lavfi', '-i', 'testsrc=s=64x64:d=3:r=30', '-c:v', 'libx264', '-movflags', 'frag_keyframe+empty_moov', '-f', 'mp4'
     ),
-    'huge pictures claimed': lambda data: huge_png_video(),
+    'huge pictures claimed': lambda data: huge_png_video('mov'),
     'random': lambda data: np.random.default_rng(1).bytes(50_000),
 }
+
+
+@pytest.mark.parametrize('name', CLIPS)
+def test_frames_of_clips(tmp_path, name):
+    """Step 6 reads keyframes out of clips that have no raw frames."""
+    clip, good = 'bad-clip--1_000000_000004', tmp_path / 'videos/good-clip-0_000000_000004.mp4'
+    numbered_source(good, dict(seconds=4))
+    (tmp_path / f'videos/{clip}.mp4').write_bytes(CLIPS[name](good.read_bytes()))
+    with pytest.raises(fetch_proposal.UnreadableFrame, match='unreadable frame: number 91'):
+        fetch_proposal.read_frame(tmp_path, fetch_proposal.Frame('key', clip, 3))
 
 
 @pytest.mark.parametrize('name', CLIPS)
@@ -433,6 +444,8 @@ def test_clips(tmp_path, name):
     run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}')
     assert [path.name for path in (tmp_path / 'rawframes').iterdir()] == ['good-clip-0_000000_000004']
     rows = dict(read_csv(tmp_path / 'reports/extract_rgb_frames.csv')[1:])
+    if name == 'huge pictures claimed':
+        assert rows['bad-clip--1_000000_000004'] == 'unreadable clip: Invalid argument'
     assert rows['bad-clip--1_000000_000004'].split(':')[0] in ('unreadable clip', 'wrong number of frames')
     assert rows['loop-clip-2_000000_000004'].startswith('unreadable clip') and rows['new\nline.mp4'].startswith('not a clip')
 
@@ -671,6 +684,8 @@ def test_rows_to_merge_and_to_check(merging, tmp_path):
         (merging / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(content)
         done = run('softlink_ava.py', f'--avakinetics_root={merging}', f'--ava_root={tmp_path}/ava', code=1, cwd=tmp_path)
         assert 'the data set is not complete' in errors(done) and not (tmp_path / 'pwned').exists()
+    assert {row[0] for row in read_csv(merging / 'reports/softlink_ava.csv') if row[1].startswith('malformed row')} == {
+        f'line {number} of ava_train_v2.2.csv' for number in range(1, len(MERGED_ROWS) + 2)}
     assert os.readlink(merging / 'rawframes/-5KQ66BBWC4') == str(frames / '-5KQ66BBWC4')
     assert not (merging / 'rawframes/loop').exists() and not (merging / 'rawframes/file').exists()
 

@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
+import draw
+import sample_world
 from helpers import load, read_csv
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
@@ -45,10 +47,15 @@ def test_keyframes_show_annotations_and_proposals(root):
     page = (root / 'report.html').read_text()
     pictures = re.findall(r'data:image/jpeg;base64,([^"]+)', page)
     assert len(pictures) == 17  # all keyframes of the small sample
-    for picture in pictures:
-        image = cv2.imdecode(np.frombuffer(base64.b64decode(picture), np.uint8), cv2.IMREAD_COLOR).astype(int)
+    sources = {video: (start, rate) for videos in sample_world.SCENES.values() for video, start, rate, *_ in videos}
+    for picture, clip, second in re.findall(r'jpeg;base64,([^"]+)"><figcaption>(\S+), second (\d+)', page):
+        image = cv2.imdecode(np.frombuffer(base64.b64decode(picture), np.uint8), cv2.IMREAD_COLOR)
+        start, rate = sources.get(clip[:11], (900, 30))
+        assert abs(draw.read_stamp(image) - (int(second) - start) * float(sample_world.Fraction(rate))) <= 1
+        image = image.astype(int)
         assert image.shape[1] == 480
         assert (abs(image - [0, 165, 255]).sum(-1) < 120).sum() > 100  # orange
+        assert (image[..., 1] - image[..., [0, 2]].max(-1) > 50).sum() > 150  # green
     plots = [base64.b64decode(plot).decode() for plot in re.findall(r'data:image/svg[+]xml;base64,([^"]+)', page)]
     assert len(plots) == 5 and 'talk to (e.g., self, a person, a group) 79' in ''.join(plots)
 

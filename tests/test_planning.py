@@ -2,6 +2,7 @@
 import re
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 from hypothesis import given, settings
@@ -80,6 +81,25 @@ def test_lines_of_annotations_are_rows_or_problems(lines):
     assert set(zip(people.video, people.timestamp.astype(int))) == set(keyframes.itertuples(index=False, name=None))
     assert len(people) >= len([line for line in lines if line == GOOD_LINES[0]])
     assert nobody <= len(table) - len(people)
+
+
+@given(st.lists(st.text(max_size=60) | st.sampled_from(GOOD_LINES), max_size=6), st.integers(1, 60))
+@settings(deadline=None)
+def test_annotations_are_the_same_in_blocks_of_any_size(lines, block):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'rows.csv'
+        path.write_text('\n'.join(lines), errors='replace', newline='\n')
+        for module in cut_kinetics, prepare_annotation:
+            whole, problems = module.read_annotations(path)
+            with mock.patch.object(module, 'BLOCK', block):
+                table, the_same = module.read_annotations(path)
+            assert table.astype(str).equals(whole.astype(str)) and the_same == problems
+
+
+def test_a_keyframe_is_detected_in_its_own_clip():
+    first, second = 'aaaaaaaaaaa_000010_000014', 'aaaaaaaaaaa_000012_000016'
+    frames = plan_frames([(first, 12), (second, 13)], 1)
+    assert {frame.second: frame.clip for frame in frames} == {11: first, 12: first, 13: second, 14: second}
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=8), st.integers(0, 3))
