@@ -197,7 +197,8 @@ def test_interrupted(job, step, number, tmp_path):
             after = err.split('Traceback (most recent call last):\n', 1)[1]
             starting = re.match(r' *File .*(<frozen (runpy|importlib)|in <module>)', after) or after.startswith('interrupted')
             working = re.search(r', in (cut|extract|prepare|fetch|merge|link_all|check)\n', after)
-            assert starting and not working or 'joblib/externals/loky' in after, err  # or of loky's thread, as its pool ends
+            # or of loky's thread, as its pool ends; or Python swallowed it, as in a callback of its garbage collector
+            assert starting and not working or 'joblib/externals/loky' in after or 'Exception ignored in' in err, err
         elif process.returncode == 130:
             assert said(err) == ['interrupted; run the same command again']
             assert 'Traceback' not in out or 'popen_loky' in out  # what loky prints of a worker that was still starting
