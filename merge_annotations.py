@@ -101,9 +101,16 @@ def read_proposals(path: Path, problems: list[tuple]) -> dict[str, np.ndarray]:
     return proposals
 
 
+def trailer_of(path: Path) -> bytes:
+    """The last bytes of a pickle, where a trailer stands."""
+    with open(path, 'rb') as file:
+        file.seek(max(0, path.stat().st_size - 100))
+        return file.read()
+
+
 def check_list(rows: Path, proposals: Path) -> None:
     """Exit if the pickle's trailer says that Step 6 made it for another list."""
-    made_for = re.search(rb'\nmade of ([0-9a-f]{64})\n\Z', proposals.read_bytes()[-100:])
+    made_for = re.search(rb'\nmade of ([0-9a-f]{64})\n\Z', trailer_of(proposals))
     if made_for and made_for[1].decode() != hashlib.sha256(rows.read_bytes()).hexdigest():
         sys.exit(f'error: {proposals} was made for another list than {rows}; repeat Step 6: fetch_proposal.py '
                  f'--datalist={rows} --picklepath={proposals}')
@@ -141,7 +148,7 @@ def merge(kinetics: list[Path], own: list[Path], merged: list[Path], report: Pat
     for path, found in (kinetics[0], rows), (own_csv, ava_rows):
         if not found:
             sys.exit(f'error: {path} holds no row of annotations; make it again')
-    own_pickle = own_file(own[1], own[1].read_bytes().endswith(MERGED), copy_ava)
+    own_pickle = own_file(own[1], trailer_of(own[1]).endswith(MERGED), copy_ava)
     malformed = []
     ava_proposals = read_proposals(own_pickle, malformed)
     of_kinetics = {row[:11] for row in rows} - {row[:11] for row in ava_rows}

@@ -176,11 +176,16 @@ def link_all(videos: list[str], ava: Path, root: Path) -> None:
           + ', '.join(f'{len(names)} {words[outcome]}' for outcome, names in sorted(outcomes.items())))
 
 
+def key_of(clip: str, second: int) -> str:
+    """What a keyframe is called in the pickle."""
+    return f'{clip[:11]},{second:04d}'
+
+
 def best_overlaps(boxes, proposals: dict[str, np.ndarray]) -> np.ndarray:
     """The IoU of every annotated box (columns clip, second, x1, y1, x2, y2) with the best proposal of its keyframe, or 0."""
     best, corners = np.zeros(len(boxes)), boxes[['x1', 'y1', 'x2', 'y2']].to_numpy()
     for (clip, second), rows in boxes.groupby(['clip', 'second']).indices.items():
-        found = proposals.get(f'{clip[:11]},{second:04d}')
+        found = proposals.get(key_of(clip, second))
         if found is not None and len(found):
             ours, theirs = corners[rows, None], found[None, :, :4]
             sides = np.minimum(ours[..., 2:], theirs[..., 2:]) - np.maximum(ours[..., :2], theirs[..., :2])
@@ -282,7 +287,7 @@ def draw_sheet(root: Path, table, keyframes, proposals: dict, actions: dict[int,
         for clip, second in zip(chosen['clip'], chosen.second):
             image = read_keyframe(root, clip, second)
             rows = table[(table['clip'] == clip) & (table.second == second)]
-            found = proposals.get(f'{clip[:11]},{second:04d}', ())
+            found = proposals.get(key_of(clip, second), ())
             picture = ('<p>This keyframe cannot be read.</p>' if image is None else
                        f'<img alt="" src="{draw_keyframe(image, rows, found, actions)}">')
             sheet += f'<figure>{picture}<figcaption>{html.escape(clip)}, second {second}</figcaption></figure>'
@@ -333,7 +338,7 @@ def write_page(root: Path, table, proposals: dict) -> None:
     boxes['best'] = best_overlaps(boxes, proposals)
     boxes = boxes.assign(met=boxes.best >= 0.5, met_well=boxes.best >= 0.75)
     keyframes = boxes.groupby(['clip', 'second', 'part']).best.agg(boxes='size', worst='min').reset_index()
-    keyframes['proposals'] = [len(proposals.get(f'{clip[:11]},{second:04d}', ()))
+    keyframes['proposals'] = [len(proposals.get(key_of(clip, second), ()))
                               for clip, second in zip(keyframes['clip'], keyframes.second)]
     keyframes['bare'] = keyframes.proposals == 0
     came = {'clips in videos/': sum(name.endswith('.mp4') for name in list_names(root / 'videos')),

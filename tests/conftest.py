@@ -21,8 +21,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 def ended_by_sigterm():
     """A main that a test calls takes SIGTERM for Ctrl-C, with which pools that MMAction2 forks may hang at their end."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture

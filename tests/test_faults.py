@@ -219,11 +219,11 @@ def test_two_runs_at_once(job, step, tmp_path):
     that the other has taken its file."""
     root = tmp_path / 'root'
     shutil.copytree(job.before(step), root, symlinks=True)
-    before = tree(root)
+    before, locked = tree(root), step in ('cut', 'cut archives', 'extract', 'fetch')
     runs = [subprocess.Popen(job.command(step, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)]
     try:
         wait_for_work(runs[0], root, before)
-        if step in ('cut', 'cut archives', 'extract', 'fetch'):
+        if locked:
             time.sleep(0.1)  # it may have made its folder, but not yet taken it
         runs[0].send_signal(signal.SIGSTOP)
         runs.append(subprocess.Popen(job.command(step, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
@@ -236,7 +236,7 @@ def test_two_runs_at_once(job, step, tmp_path):
             second = said(runs[1].communicate(timeout=60)[1])
             assert runs[1].returncode == 1 and len(second) == 1 and second[0].startswith('error: another run'), second
         runs[0].send_signal(signal.SIGCONT)
-        for process in runs[:1] if step in ('cut', 'cut archives', 'extract', 'fetch') else runs:
+        for process in runs[:1] if locked else runs:
             err = process.communicate(timeout=60)[1]
             short = step in ('prepare', 'prepare from videos', 'link')
             assert process.returncode == 0 or said(err)[-1].startswith('error: ') and short, err

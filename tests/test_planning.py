@@ -1,4 +1,5 @@
 """Properties of the planning, for any set of annotations and sources."""
+import inspect
 import re
 import tempfile
 from pathlib import Path
@@ -9,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cut_kinetics
+import extract_rgb_frames
+import fetch_proposal
+import merge_annotations
 import prepare_annotation
+import softlink_ava
 from fetch_proposal import plan_frames
 
 GOOD_LINES = ['aaaaaaaaaaa,5.005,0.1,0.2,0.5,0.9,12', 'aaaaaaaaaaa,7', '"aaaaaaaaaaa","6","0.1","0.2","0.5","0.9","12"']
@@ -109,3 +114,12 @@ def test_proposals_are_planned_for_keyframes_and_neighbours_within_the_clip(pick
     assert {frame.key for frame in frames} == {f'{clip[:11]},{second + distance:04d}' for clip, second in keyframes
                            for distance in range(-neighbors, neighbors + 1) if 10 <= second + distance < 20}
     assert [frame[1:] for frame in frames] == sorted({frame[1:] for frame in frames})
+
+
+def test_what_stands_in_two_scripts_is_the_same():
+    """They stand alone and share no module, so a function that changes in one of them changes in the other."""
+    for one, other, name in ((cut_kinetics, extract_rgb_frames, 'run_all'), (cut_kinetics, extract_rgb_frames, 'shielded'),
+                             (cut_kinetics, prepare_annotation, 'read_annotations'),
+                             (fetch_proposal, merge_annotations, 'Pickler'), (fetch_proposal, softlink_ava, 'key_of'),
+                             (fetch_proposal, softlink_ava, 'best_overlaps')):
+        assert inspect.getsource(getattr(one, name)) == inspect.getsource(getattr(other, name)), name
