@@ -36,6 +36,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from importlib.machinery import BuiltinImporter, ModuleSpec
+from itertools import chain
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 
@@ -384,14 +385,33 @@ def same_people(ours: np.ndarray, theirs: np.ndarray, least: float) -> bool:
     return sum(matched) >= len(matched) / 2
 
 
-def find_first_people(model, pipeline: Callable, options: Options, least: float) -> tuple | None:
-    """A frame on which the CPU finds somebody who scores clearly more than `least`, its data and its people, or None."""
-    for frame, data in load_frames(options.first_frames, options, pipeline):
+def find_first_people(model, pipeline: Callable, options: Options, least: float) -> tuple[str, dict, np.ndarray]:
+    """A frame on which the CPU finds somebody who scores clearly more than `least`: its key, its data and its people.
+
+    A black frame, if there is none among the first ones.
+    """
+    black = Frame('a black frame', '', 0), pipeline(dict(img=np.zeros((256, 340, 3), np.uint8), img_id=0))
+    for frame, data in chain(load_frames(options.first_frames, options, pipeline), [black]):
         if isinstance(data, dict):
             people = people_of(predict(model, [data], 'cpu', False)[0], least)
             if (people[:, 4] > least + MAX_SCORE_SHIFT).any():
-                return frame, data, people
-    return None
+                break
+    return frame.key, data, people
+
+
+def move_to_device(model, data: dict, options: Options):
+    """The detector's answer to a frame on the device, where the model then stays, in the memory layout that suits it."""
+    import torch
+    layouts = [torch.channels_last, torch.contiguous_format]
+    if use_torchvision_operators():  # a built mmcv assumes NCHW
+        del layouts[0]
+    for layout in layouts:
+        try:  # with two frames, since the layout of one alone may be both
+            model.to(options.device, memory_format=layout)
+            return predict(model, [data] * min(2, options.batch_size), options.device, options.amp)[0]
+        except RuntimeError:  # CornerNet, for one, takes views that NCHW alone allows
+            if layout == layouts[-1]:
+                raise
 
 
 @functools.lru_cache(maxsize=1)
@@ -402,21 +422,19 @@ def start_detector(options: Options):
     """
     import torch
     model, pipeline = build_detector(options)
-    layout = torch.contiguous_format if use_torchvision_operators() else torch.channels_last  # a built mmcv assumes NCHW
     least = min(options.score_thr, CLEAR_SCORE)
     try:
-        first = find_first_people(model, pipeline, options, least)
+        key, data, people = find_first_people(model, pipeline, options, least)
         check_operators(options.device)
-        model = model.to(options.device, memory_format=layout)
         torch.backends.cudnn.benchmark = True  # batches are always full, so cuDNN tries its algorithms once for each size
-        found = people_of(predict(model, [first[1]], options.device, options.amp)[0], least) if first else None
+        found = people_of(move_to_device(model, data, options), least)
     except Exception as error:  # whatever an arbitrary model, or a broken device, raises
         raise DetectorError(f'the detector cannot run: {first_line(error)}') from error
-    if not first and options.device != 'cpu':
+    if not (people[:, 4] > least + MAX_SCORE_SHIFT).any() and options.device != 'cpu':
         print(f'nobody on the first {len(options.first_frames)} frames: {options.device} is not compared with the CPU')
-    if first and not same_people(found, first[2], least):
-        raise DetectorError(f'the detector is wrong on {options.device}: it finds {len(found)} people on {first[0].key} where '
-                            f'the CPU finds {len(first[2])}, or finds them elsewhere')
+    if not same_people(found, people, least):
+        raise DetectorError(f'the detector is wrong on {options.device}: it finds {len(found)} people on {key} where '
+                            f'the CPU finds {len(people)}, or finds them elsewhere')
     return model, pipeline
 
 
