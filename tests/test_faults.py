@@ -152,11 +152,13 @@ def wait_for_work(process, root, before: dict[str, int]) -> None:
 def test_killed_at_random_moments(job, step, tmp_path):
     """Three kills of the whole process group while it writes, each on what the one before left, then one complete run; ROUNDS
     times, twice if it is not set, but once Step 6."""
-    chance, kills = random.Random(step), 0
+    chance = random.Random(step)
     for round in range(int(os.environ.get('ROUNDS', 1 if step == 'fetch' else 2))):
-        root = tmp_path / f'root{round}'
-        shutil.copytree(job.before(step), root, symlinks=True)
-        for _ in range(3):
+        root, codes = tmp_path / f'root{round}', []
+        while codes.count(-signal.SIGKILL) < 3 and len(codes) < 40:  # a short step may end before it is met
+            if not codes or codes[-1] == 0:
+                shutil.rmtree(root, ignore_errors=True)
+                shutil.copytree(job.before(step), root, symlinks=True)
             before = tree(root)
             process = subprocess.Popen(
                 job.command(step, root), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -165,13 +167,12 @@ def test_killed_at_random_moments(job, step, tmp_path):
             if process.poll() is None:
                 for _ in range(2):  # the whole session: ffmpeg is in process groups of its own
                     subprocess.run(['pkill', '-KILL', '-s', str(process.pid)])
-                kills += 1
-            process.wait(timeout=60)
+            codes.append(process.wait(timeout=60))
             assert_whole(job, step, root)
         done = subprocess.run(job.command(step, root), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert_undisturbed(job, step, root)
-    assert kills
+        assert -signal.SIGKILL in codes and set(codes) <= {0, -signal.SIGKILL}, codes
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -217,15 +218,20 @@ def test_interrupted(job, step, number, tmp_path):
 def test_two_runs_at_once(job, step, tmp_path):
     """The second of a long step says in a line that another is at work. Of a short one both end well, or one says in a line
     that the other has taken its file."""
-    root = tmp_path / 'root'
-    shutil.copytree(job.before(step), root, symlinks=True)
-    before, locked = tree(root), step in ('cut', 'cut archives', 'extract', 'fetch')
-    runs = [subprocess.Popen(job.command(step, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)]
-    try:
+    locked = step in ('cut', 'cut archives', 'extract', 'fetch')
+    for attempt in range(20):  # a short step may end before it is met
+        root = tmp_path / f'root{attempt}'
+        shutil.copytree(job.before(step), root, symlinks=True)
+        before = tree(root)
+        runs = [subprocess.Popen(job.command(step, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)]
         wait_for_work(runs[0], root, before)
         if locked:
             time.sleep(0.1)  # it may have made its folder, but not yet taken it
         runs[0].send_signal(signal.SIGSTOP)
+        if runs[0].poll() is None:
+            break
+        runs[0].communicate()
+    try:
         runs.append(subprocess.Popen(job.command(step, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         if step == 'merge':
             with pytest.raises(subprocess.TimeoutExpired):
