@@ -36,7 +36,6 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from importlib.machinery import BuiltinImporter, ModuleSpec
-from itertools import chain
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 
@@ -386,17 +385,20 @@ def same_people(ours: np.ndarray, theirs: np.ndarray, least: float) -> bool:
 
 
 def find_first_people(model, pipeline: Callable, options: Options, least: float) -> tuple[str, dict, np.ndarray]:
-    """A frame on which the CPU finds somebody who scores clearly more than `least`: its key, its data and its people.
+    """A first frame, its data and its people on the CPU, of whom one scores clearly more than `least` if that can be had.
 
-    A black frame, if there is none among the first ones.
+    A black frame if no first frame can be read.
     """
-    black = Frame('a black frame', '', 0), pipeline(dict(img=np.zeros((256, 340, 3), np.uint8), img_id=0))
-    for frame, data in chain(load_frames(options.first_frames, options, pipeline), [black]):
+    def look_at(key: str, data: dict) -> tuple[str, dict, np.ndarray]:
+        return key, data, people_of(predict(model, [data], 'cpu', False)[0], least)
+
+    first = None
+    for frame, data in load_frames(options.first_frames, options, pipeline):
         if isinstance(data, dict):
-            people = people_of(predict(model, [data], 'cpu', False)[0], least)
-            if (people[:, 4] > least + MAX_SCORE_SHIFT).any():
+            first = look_at(frame.key, data)
+            if (first[2][:, 4] > least + MAX_SCORE_SHIFT).any():
                 break
-    return frame.key, data, people
+    return first or look_at('a black frame', pipeline(dict(img=np.zeros((256, 340, 3), np.uint8), img_id=0)))
 
 
 def move_to_device(model, data: dict, options: Options):

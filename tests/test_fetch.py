@@ -539,6 +539,13 @@ def test_nobody_to_compare_is_said(tmp_path, capsys):
         assert ('nobody on the first 3 frames' in capsys.readouterr().out) == (device != 'cpu')
 
 
+def test_first_frames_that_cannot_be_read(fetched, few, capsys):
+    gone = few[0][0]._replace(clip='no-such-one_000010_000014')
+    options = few[1]._replace(device='cpu:0', first_frames=(gone, gone))
+    assert_found(dict(fetch_proposal.detect(few[0], options)), fetched, few[0])
+    assert 'nobody on the first 2 frames' in capsys.readouterr().out
+
+
 def test_a_gpu_that_cannot_start_ends_the_run(few):
     with pytest.raises(fetch_proposal.DetectorError, match='cannot run'):
         list(fetch_proposal.detect_on_gpus(few[0], few[1], ['cpu', 'cuda:7']))
