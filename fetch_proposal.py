@@ -31,7 +31,6 @@ import signal
 import sys
 import types
 import warnings
-import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -90,6 +89,7 @@ class Options(NamedTuple):
     batch_size: int | None
     num_workers: int
     first_frames: tuple[Frame, ...]
+    identity: str = ''  # what `identify` says of config and checkpoint; '' where they need not stay the same
 
 
 def first_line(error: Exception) -> str:
@@ -183,13 +183,14 @@ def frame_file(root: Path, frame: Frame) -> Path:
 
 
 def frame_version(root: Path, frame: Frame) -> tuple[str, int, int] | None:
-    """What tells a changed frame: path below ROOT, size and modification time in ns of its file; None without a file."""
+    """What tells a changed frame: path below ROOT, size and modification time of its file, in whole seconds as tar keeps it;
+    None without a file."""
     file = frame_file(root, frame)
     try:
         stat = file.stat()
     except OSError:
         return None
-    return str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns
+    return str(file.relative_to(root)), stat.st_size, int(stat.st_mtime)
 
 
 def read_frame(root: Path, frame: Frame) -> np.ndarray:
@@ -223,8 +224,11 @@ def local_checkpoint(source: str) -> Path:
     """The file of a checkpoint; a URL is downloaded once into torch's cache, where mmengine keeps them too."""
     if re.match(r'https?://', source):
         import torch
-        path = Path(torch.hub.get_dir()) / 'checkpoints' / source.rsplit('/', 1)[-1]
-        digest = re.search(r'-([0-9a-f]{8,})\.', path.name)
+        name = source.rsplit('/', 1)[-1]
+        digest = re.search(r'-([0-9a-f]{8,})\.', name)
+        if not digest:  # many a URL ends in model.pth
+            name = f'{hashlib.sha256(source.encode()).hexdigest()[:8]}-{name}'
+        path = Path(torch.hub.get_dir()) / 'checkpoints' / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
@@ -249,6 +253,7 @@ def use_torchvision_operators() -> bool:
     from torchvision.ops import nms, roi_align
     try:
         built = importlib.import_module('mmcv._ext')
+        built = getattr(built, 'built', built)  # that of an earlier run, where a cluster's worker had this script before
     except ImportError:
         built = None
 
@@ -279,7 +284,7 @@ def use_torchvision_operators() -> bool:
     module = types.ModuleType('mmcv._ext')
     module.__spec__ = ModuleSpec('mmcv._ext', BuiltinImporter)  # mmengine asks whether there is one
     module.nms, module.roi_align_forward = torchvision_nms, torchvision_roi_align
-    module.ms_deform_attn_forward = deformable_attention
+    module.ms_deform_attn_forward, module.built = deformable_attention, built
     module.__getattr__ = other
     sys.modules['mmcv._ext'] = module  # where mmcv.ops looks for them when it is imported
     return built is not None
@@ -309,16 +314,25 @@ def read_weights(checkpoint: Path) -> dict:
     """The tensors of a checkpoint by name, read without running any code that it holds."""
     import torch
     from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+    loaded, ignored = None, []
     try:
-        others = torch.serialization.get_unsafe_globals_in_checkpoint(checkpoint) if zipfile.is_zipfile(checkpoint) else []
-        with torch.serialization.safe_globals([(Ignored, name) for name in others]):
-            loaded = torch.load(checkpoint, map_location='cpu', weights_only=True)
+        while loaded is None:
+            try:
+                with torch.serialization.safe_globals([(Ignored, name) for name in ignored]):
+                    loaded = torch.load(checkpoint, map_location='cpu', weights_only=True)
+            except pickle.UnpicklingError as error:  # it names one class or function at a time
+                found = re.search(r'Unsupported global: GLOBAL (\S+)', str(error))
+                name = found and (found[1] if '.' in found[1] else f'builtins.{found[1]}')
+                if not name or name in ignored:
+                    raise
+                ignored.append(name)
         weights = loaded.get('state_dict', loaded)
         consume_prefix_in_state_dict_if_present(weights, 'module.')  # of data parallel training
     except Exception as error:  # a damaged pickle may make torch raise anything
-        words = re.search(r'WeightsUnpickler error: (.*)|PytorchStreamReader (.*)', str(error))
-        raise DetectorError(f'{checkpoint} is damaged, no checkpoint, or one that would run code: '
-                            f'{words[0] if words else type(error).__name__}') from None
+        words = re.search(r'(?:WeightsUnpickler error:|PytorchStreamReader)\s*(.*)', str(error))
+        raise DetectorError(f'{checkpoint} is damaged, no checkpoint, or one that would run code '
+                            f'({words[1] if words else type(error).__name__}); delete a download to repeat it, save the '
+                            'state_dict of your own model alone') from None
     return weights
 
 
@@ -355,6 +369,8 @@ def build_detector(options: Options):
     if differing:
         raise DetectorError(f'{options.checkpoint} does not fit the config: {len(differing)} tensors differ, first '
                             f'{", ".join(differing[:3])}; give the --config that it was trained with')
+    if options.identity and identify(options.config, options.checkpoint, options.amp) != options.identity:
+        raise DetectorError(f'{options.checkpoint} or the config has changed since this run began; run the same command again')
     return model, pipeline
 
 
@@ -454,20 +470,20 @@ def people_of(answer, score_thr: float) -> np.ndarray:
     """The people in a detector's answer: float64 (n, 5) of x1, y1, x2, y2 relative, clipped to [0, 1], and score."""
     found, (height, width) = answer.pred_instances, answer.ori_shape
     found = found[(found.labels == PERSON) & (found.scores > score_thr)]
-    boxes = found.bboxes.double().cpu().numpy() / [width, height, width, height]
-    return np.column_stack([np.clip(boxes, 0, 1), found.scores.double().cpu().numpy()])
+    boxes = np.clip(found.bboxes.double().cpu().numpy() / [width, height, width, height], 0, 1)
+    people = np.column_stack([boxes, found.scores.double().cpu().numpy()])
+    return people[(boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])]  # NaN is not less, nor is a box in the padding
 
 
-def load_frames(frames: Iterable[Frame], options: Options, pipeline: Callable
-                ) -> Iterator[tuple[Frame, dict | str | Exception]]:
-    """Frames in their order, with what the test pipeline makes of them, why they cannot be read, or what it raised."""
-    def load(frame: Frame) -> dict | str | Exception:
+def load_frames(frames: Iterable[Frame], options: Options, pipeline: Callable) -> Iterator[tuple[Frame, dict | str]]:
+    """Frames in their order, with what the test pipeline makes of them, or why that is not possible."""
+    def load(frame: Frame) -> dict | str:
         try:
             return pipeline(dict(img=read_frame(options.root, frame), img_id=0))
         except UnreadableFrame as error:
             return str(error)
-        except Exception as error:  # of an arbitrary pipeline, for which `detect` names the frame
-            return error
+        except Exception as error:  # of an arbitrary pipeline; OpenCV has limits, too
+            return f'frame that the test pipeline cannot take: {first_line(error)}'
 
     with ThreadPoolExecutor(options.num_workers) as threads:  # decoding and resizing let other threads run
         ahead = deque()
@@ -513,9 +529,6 @@ def detect(frames: list[Frame], options: Options) -> Iterator[tuple[str, np.ndar
 
     try:
         for frame, data in load_frames(frames, options, pipeline):
-            at = frame
-            if isinstance(data, Exception):
-                raise data
             if isinstance(data, str):
                 yield frame.key, data
                 continue
@@ -561,7 +574,7 @@ def detect_on_gpus(frames: list[Frame], options: Options, devices: list[str]) ->
             for receiver in multiprocessing.connection.wait(list(running)):
                 try:
                     answer = receiver.recv()
-                except EOFError:
+                except (EOFError, OSError):  # the latter in the middle of a message
                     answer = RuntimeError('its process was killed')
                 if isinstance(answer, DetectorError):
                     raise answer
@@ -615,7 +628,7 @@ def detect_on_cluster(frames: list[Frame], options: Options, address: str) -> It
                 sys.exit(f'error: the Dask scheduler at {address} went away; what is done is saved; run the same command again')
 
 
-def read_detections(path: Path, detector: dict, score_thr: float) -> dict[tuple, np.ndarray]:
+def read_detections(path: Path, identity: str, score_thr: float) -> dict[tuple, np.ndarray]:
     """(key, path, size, modification time) of every frame that this detector was run on -> its people (n, 5).
 
     The file holds JSON lines: one for a detector and its least score, then one for each frame that it was run on, again and
@@ -628,9 +641,9 @@ def read_detections(path: Path, detector: dict, score_thr: float) -> dict[tuple,
                 try:
                     noted = json.loads(line)
                     if 'detector' in noted:
-                        ours = noted['detector'] == detector and noted['score_thr'] <= score_thr
+                        ours = noted['detector'] == identity and noted['score_thr'] <= score_thr
                     elif ours:
-                        version = noted['key'], noted['file'], noted['size'], noted['mtime_ns']
+                        version = noted['key'], noted['file'], noted['size'], noted['mtime']
                         known[version] = np.array(noted['people'], float).reshape(-1, 5)
                 except (ValueError, TypeError, KeyError):
                     ours = False
@@ -695,8 +708,8 @@ def report_recall(path: Path, table, proposals: dict[str, np.ndarray]) -> None:
           f'{(best >= 0.75).mean():.1%} at 0.75; {len(boxes) / len(found):.2f} boxes and {count / len(found):.2f} proposals '
           'a keyframe')
     if (best >= 0.5).mean() < LOW_RECALL:
-        print('  that is far below the 90 % that a person detector reaches: is it the wrong checkpoint, is its class 0 not the '
-              'person, or are these frames of other videos?')
+        print('  that is far below the 90 % that a person detector reaches: is --score_thr too high for it, is it the wrong '
+              'checkpoint, is its class 0 not the person, or are these frames of other videos?')
     if len(missed):
         print(f'  {len(missed)} keyframes with boxes that are missed, the worst first: {path}')
 
@@ -706,17 +719,23 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def identify(args: argparse.Namespace, checkpoint: Path) -> dict:
-    """What makes a detector: digests of its config and its weights, and its precision."""
-    config = json.dumps(load_config(args.config, False).to_dict(), sort_keys=True, default=str)
-    return dict(config=hashlib.sha256(config.encode()).hexdigest(), checkpoint=digest_of(checkpoint), amp=args.amp)
+def identify(config: Path, checkpoint: Path, amp: bool) -> str:
+    """What makes a detector: digests of its weights and of what its config says of the model and its input, its precision."""
+    def text(value) -> str | list[str]:  # in every process the same
+        return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else re.sub(' at 0x[0-9a-f]+', '', str(value))
+
+    settings = load_config(config, False).to_dict()
+    used = [settings.get(key) for key in ('model', 'test_dataloader', 'custom_imports')]
+    digest = hashlib.sha256(json.dumps(used, sort_keys=True, default=text).encode()).hexdigest()
+    return f'config {digest} checkpoint {digest_of(checkpoint)} amp {amp}'
 
 
-def start_detection(frames: list[Frame], args: argparse.Namespace, checkpoint: Path) -> Iterator[tuple[str, np.ndarray | str]]:
+def start_detection(frames: list[Frame], args: argparse.Namespace, checkpoint: Path, identity: str
+                    ) -> Iterator[tuple[str, np.ndarray | str]]:
     """Detect on the cluster, on several GPUs, on one or on the CPU, as the arguments say."""
     import torch
     options = Options(args.avakinetics_root, args.config, checkpoint, '', args.score_thr, args.amp, args.batch_size,
-                      args.num_workers, tuple(frames[:FIRST_FRAMES]))
+                      args.num_workers, tuple(frames[:FIRST_FRAMES]), identity)
     if args.dask_scheduler:
         build_detector(options)  # a checkpoint that does not fit is told before the cluster is asked
         return detect_on_cluster(frames, options, args.dask_scheduler)
@@ -740,23 +759,25 @@ def fetch(args: argparse.Namespace) -> None:
     if not keyframes:
         sys.exit(f'error: {args.datalist} holds no annotated keyframe; is it what Step 5 (prepare_annotation.py) wrote?')
     checkpoint = local_checkpoint(args.checkpoint)
-    detector = identify(args, checkpoint)
+    identity = identify(args.config, checkpoint, args.amp)
     frames = plan_frames(keyframes, args.neighbors)
     versions = {frame.key: frame_version(root, frame) for frame in frames}
     target.parent.mkdir(parents=True, exist_ok=True)
     notes = target.with_name(f'{target.name}.frames.jsonl')
-    known = {} if args.overwrite else read_detections(notes, detector, args.score_thr)
+    known = {} if args.overwrite else read_detections(notes, identity, args.score_thr)
     people = {key: known[key, *version] for key, version in versions.items() if version and (key, *version) in known}
     left, unreadable = [frame for frame in frames if frame.key not in people], {}
+    if not people and notes.exists() and not args.overwrite:
+        print(f'{notes} is of another detector or of frames that have changed since: all are detected again')
     if left:
         with open(notes, 'a', encoding='utf-8', buffering=1) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends
             except BlockingIOError:
                 sys.exit(f'error: another run is at work on {target}; wait for it to end, or set --picklepath')
-            file.write('\n' * (file.tell() > 0) + json.dumps(dict(detector=detector, score_thr=args.score_thr)) + '\n')
+            file.write('\n' * (file.tell() > 0) + json.dumps(dict(detector=identity, score_thr=args.score_thr)) + '\n')
             with tqdm(total=len(frames), initial=len(people), desc='detect', unit='frame', delay=1) as bar:
-                for key, found in start_detection(left, args, checkpoint):
+                for key, found in start_detection(left, args, checkpoint, identity):
                     bar.update()
                     if isinstance(found, str):
                         unreadable[key] = found
@@ -764,7 +785,7 @@ def fetch(args: argparse.Namespace) -> None:
                     people[key] = found
                     if versions[key]:
                         name, size, mtime = versions[key]
-                        line = dict(key=key, file=name, size=size, mtime_ns=mtime, people=found.tolist())
+                        line = dict(key=key, file=name, size=size, mtime=mtime, people=found.tolist())
                         file.write(json.dumps(line) + '\n')
     proposals = {key: found[found[:, 4] > args.score_thr] for key, found in people.items()}
     proposals = {key: found for key, found in proposals.items() if len(found)}
@@ -798,6 +819,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 or set --avakinetics_root')
     if not args.config.is_file():
         sys.exit(f'error: {args.config} not found; set --config to an mmdetection config')
+    if args.picklepath.is_dir():
+        sys.exit(f'error: {args.picklepath} is a folder; set --picklepath to a file')
     try:
         fetch(args)
     except DetectorError as error:

@@ -1,6 +1,7 @@
 """Step 6 with detectors of every family, by torchvision's operators: the boxes of mmdet's `inference_detector`."""
 import sys
 import types
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -85,7 +86,8 @@ def detected_by_mmdet(folder, root, score_thr: float) -> dict[str, np.ndarray]:
         second = 10 + int(path.stem[4:]) // 30
         if len(people) and second != 10:
             boxes = np.clip(people.bboxes / [width, height, width, height], 0, 1)
-            found[f'{path.parent.name[:11]},{second:04d}'] = np.column_stack([boxes, people.scores])
+            inside = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)  # not in the padding
+            found[f'{path.parent.name[:11]},{second:04d}'] = np.column_stack([boxes, people.scores])[inside]
     return found
 
 
@@ -207,6 +209,7 @@ def test_operators_of_a_built_mmcv_serve_where_torchvision_has_none(root, monkey
     monkeypatch.setitem(sys.modules, 'mmcv._ext', types.SimpleNamespace(modulated_deform_conv_forward=len))
     monkeypatch.setattr(fetch_proposal, 'use_torchvision_operators', fetch_proposal.use_torchvision_operators.__wrapped__)
     assert fetch_proposal.use_torchvision_operators()
+    assert fetch_proposal.use_torchvision_operators()  # as a cluster's worker does that gets this script again
     assert sys.modules['mmcv._ext'].modulated_deform_conv_forward is len
     with pytest.raises(NotImplementedError, match='operator softnms; install'):
         sys.modules['mmcv._ext'].softnms()
@@ -309,11 +312,15 @@ def test_a_training_checkpoint_is_read(root, tmp_path):
     hub = MessageHub('training')
     hub.update_scalar('train/loss', 0.5)
     weights = torch.load(f'{REPO}/tests/tiny_detector.pth', weights_only=True)
-    torch.save({**weights, 'message_hub': hub.state_dict(), 'evil': Evil(tmp_path / 'pwned')}, tmp_path / 'epoch_1.pth')
-    fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/a.pkl', TINY[0],
-                         f'--checkpoint={tmp_path}/epoch_1.pth'])
+    hub.update_info('best', dict(score=np.float64(0.4), time=datetime.now()))
+    everything = {**weights, 'message_hub': hub.state_dict(), 'evil': Evil(tmp_path / 'pwned')}
     fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/b.pkl', *TINY])
-    assert (tmp_path / 'a.pkl').read_bytes() == (tmp_path / 'b.pkl').read_bytes() and not (tmp_path / 'pwned').exists()
+    for name, zipped in ('epoch_1', True), ('published', False):  # mmdet's publish_model.py writes PyTorch's old format
+        torch.save(everything, tmp_path / f'{name}.pth', _use_new_zipfile_serialization=zipped)
+        fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/{name}.pkl', TINY[0],
+                             f'--checkpoint={tmp_path}/{name}.pth'])
+        assert (tmp_path / f'{name}.pkl').read_bytes() == (tmp_path / 'b.pkl').read_bytes()
+    assert not (tmp_path / 'pwned').exists()
 
 
 def test_test_time_augmentation_is_refused(root, tmp_path):

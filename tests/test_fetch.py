@@ -14,12 +14,14 @@ import threading
 import time
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from mmengine import Config
+from mmengine.structures import InstanceData
 
 import draw
 import fetch_proposal
@@ -334,6 +336,7 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
     (tmp_path / 'broken.py').write_text('model = dict(')
     assert 'is not a valid mmdetection config' in refusal(f'--config={tmp_path}/broken.py')
     assert 'set --checkpoint' in refusal('--checkpoint=none.pth')
+    assert 'is a folder; set --picklepath to a file' in refusal(f'--picklepath={tmp_path}')
     for url in 'http://127.0.0.1:9/x.pth', 'http://127.0.0.1:9/a name.pth':
         assert 'cannot be downloaded' in refusal(f'--checkpoint={url}')
     whole, random = TINY[1].split('=')[1], np.random.default_rng(0)
@@ -358,6 +361,8 @@ def test_a_checkpoint_is_downloaded_once(tmp_path, monkeypatch):
     names = ['x.pth', f'x-{sha256(data).hexdigest()[:8]}.pth', 'x-00000000.pth']
     for name in names:
         (tmp_path / name).write_bytes(data)
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other/x.pth').write_bytes(b'another detector')
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -366,6 +371,7 @@ def test_a_checkpoint_is_downloaded_once(tmp_path, monkeypatch):
         paths = [fetch_proposal.local_checkpoint(url + name) for name in names[:2]]
         with pytest.raises(SystemExit, match='cannot be downloaded'):  # another file than its name says
             fetch_proposal.local_checkpoint(url + names[2])
+        assert fetch_proposal.local_checkpoint(url + 'other/x.pth').read_bytes() == b'another detector'
     finally:
         server.shutdown()
     assert [path.read_bytes() for path in paths] == [data, data]
@@ -505,16 +511,53 @@ def test_more_gpus_than_frames(fetched, few):
     assert_found(dict(fetch_proposal.detect_on_gpus(few[0][:1], few[1], ['cpu', 'cpu:0'])), fetched, few[0][:1])
 
 
-def test_a_frame_that_cannot_be_prepared_is_named(few, monkeypatch):
-    read_frame = fetch_proposal.read_frame
+def test_a_frame_that_the_pipeline_cannot_take_costs_itself_only(tmp_path):
+    """OpenCV cannot resize a picture of 3000x1."""
+    root = write_root(tmp_path, range(2))
+    cv2.imwrite(str(root / 'rawframes/scene-00001_000010_000014/img_00061.jpg'), np.zeros((1, 3000, 3), np.uint8))
+    fetch(root)
+    assert {'scene-00000,0012', 'scene-00001,0011'} <= load(root / 'kinetics_proposal.pkl').keys()
+    (row, ) = read_csv(root / 'reports/fetch_proposal_train.csv')[1:]
+    assert row[:2] == ['scene-00001', '0012'] and row[2].startswith('frame that the test pipeline cannot take: error: OpenCV')
 
-    def read(root, frame):
-        if frame == few[0][3]:
-            raise MemoryError('no room')
-        return read_frame(root, frame)
-    monkeypatch.setattr(fetch_proposal, 'read_frame', read)
-    with pytest.raises(RuntimeError, match=f'on {few[0][3].key}: MemoryError: no room'):
-        list(fetch_proposal.detect(*few))
+
+def test_weights_that_change_while_a_run_works_end_it(small, tmp_path, monkeypatch):
+    """Before a process that starts later than the others reads them."""
+    weights = torch.load(TINY[1].split('=')[1], weights_only=True)
+    torch.save(weights, tmp_path / 'latest.pth')
+    start = fetch_proposal.start_detection
+
+    def overwritten(*args):
+        weights['state_dict']['backbone.conv1.weight'] *= 0
+        torch.save(weights, tmp_path / 'latest.pth')
+        return start(*args)
+    monkeypatch.setattr(fetch_proposal, 'start_detection', overwritten)
+    message = refused(fetch_proposal.main, f'--avakinetics_root={small}', f'--picklepath={tmp_path}/none.pkl', TINY[0],
+                      f'--checkpoint={tmp_path}/latest.pth')
+    assert 'latest.pth or the config has changed since this run began' in message
+
+
+def test_moved_frames_are_known_and_only_what_matters_makes_another_detector(tmp_path, capsys):
+    """tar keeps modification times in whole seconds."""
+    root, config = write_root(tmp_path / 'root', range(1)), tmp_path / 'config.py'
+    options = [f'--avakinetics_root={root}', f'--config={config}', TINY[1]]
+    for text, known in (('', None), ("log_level = 'WARNING'\nwork_dir = 'x'", True), ('model = dict(test_cfg=dict(rcnn='
+                        "dict(max_per_img=50)))", False)):
+        config.write_text(f"_base_ = '{TINY[0].split('=')[1]}'\n{text}\n")
+        fetch_proposal.main(options)
+        out = capsys.readouterr().out
+        assert ('all were detected before' in out) == bool(known)
+        assert ('is of another detector or of frames that have changed' in out) == (known is False)
+        for frame in root.glob('rawframes/*/*.jpg'):
+            os.utime(frame, (int(frame.stat().st_mtime), ) * 2)
+
+
+def test_boxes_without_area_are_no_people():
+    """Of NaN, as float16 may give, or in the padding beside the frame."""
+    boxes = torch.tensor([[10., 10, 50, 90], [float('nan'), 10, 50, 90], [210, 10, 250, 90], [10, -30, 50, -5]])
+    found = InstanceData(bboxes=boxes, scores=torch.full((4, ), 0.9), labels=torch.zeros(4, dtype=int))
+    answer = SimpleNamespace(pred_instances=found, ori_shape=(100, 200))
+    np.testing.assert_allclose(fetch_proposal.people_of(answer, 0.7), [[0.05, 0.1, 0.25, 0.9, 0.9]], atol=1e-7)
 
 
 def test_a_run_says_where_it_runs(small, capsys, monkeypatch):
