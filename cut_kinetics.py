@@ -63,6 +63,8 @@ MAX_BYTES = 2 ** 30  # of a video in an archive; ten seconds have a few MB
 TIME_LIMIT = 12  # s that ffmpeg may take for each second of video, some 100 times the usual, and 30 s more
 MISSING, OF_FFMPEG = 'file missing: ', 'unreadable video: ffmpeg '  # how reasons begin that are not the video's fault
 KILLED = f'{OF_FFMPEG}was killed, as it happens when memory runs out'
+# What ffmpeg says where threads, memory or permissions are short
+REFUSAL = 'Resource temporarily unavailable|Cannot allocate memory|malloc of size|Permission denied|Too many open files'
 DISK_FULL = {b'No space left on device': errno.ENOSPC, b'Disk quota exceeded': errno.EDQUOT}
 # Messages that damaged files cause, and none of the intact files that were tried. A stream without an index may lose packets,
 # which ffmpeg tells at level debug alone
@@ -319,6 +321,8 @@ def cut_part(video: Path, offset: int, seconds: int, part: Path, options: argpar
     gap = [float(line.split()[-1]) for line in told if line.startswith('[Eval')]
     faults = [line for line in told if re.search(FAULT, line) and HARMLESS not in line and not line.startswith('[Eval')]
     words = re.sub(r'^(\[.*?\] )+', '', (faults or ['no reason given'])[0]).replace(f'file:{video}', '').strip(': ')
+    if refusal := re.search(REFUSAL, '\n'.join(faults)):
+        return f'{OF_FFMPEG}was refused by this machine: {refusal[0]}'
     if done.returncode:
         return f'unreadable video: {words}'
     if any(re.search(OTHER_SIZE, line) for line in told):
@@ -414,7 +418,8 @@ def cut_archive(archive: str, known: list, annotations: Path, options: argparse.
                         copy.unlink()
                     if problem:
                         entry['failed'][clip_name(video, start, end)] = problem
-                        entry['spoilt'].append(clip)
+                        if not problem.startswith(OF_FFMPEG):
+                            entry['spoilt'].append(clip)
                     else:
                         entry['failed'].pop(clip_name(video, start, end), None)  # of another copy
                         entry['made'].append(clip)
@@ -432,11 +437,13 @@ def cut_archive(archive: str, known: list, annotations: Path, options: argparse.
 def workspace(path: Path):
     """A hidden folder for unfinished files, of one run at a time; what a killed run left there is removed."""
     path.mkdir(parents=True, exist_ok=True)
+    lock = open(path / 'lock', 'w')
     try:
-        lock = open(path / 'lock', 'w')
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends, however it ends
     except BlockingIOError:
         sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
+    except OSError:  # of some file servers, such as Lustre mounted without flock
+        print(f'{path.parent} has no file locks: let no other run of this step work there', file=sys.stderr)
     for leftover in path.glob('*.*'):
         leftover.unlink()
     try:
@@ -721,14 +728,14 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
     sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     args = parse_args(argv)
-    annotations = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
-    if not annotations.is_file():
-        sys.exit(f'error: {annotations} not found; do Step 2 or set --avakinetics_anotation')
-    if not args.kinetics_archives and not args.kinetics_list.is_file():
-        sys.exit(f'error: {args.kinetics_list} not found; do Step 1 or set --kinetics_list')
-    if not shutil.which(args.ffmpeg):
-        sys.exit(f'error: {args.ffmpeg} is not a program; omit --ffmpeg to use the one of imageio-ffmpeg')
     try:
+        annotations = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
+        if not annotations.is_file():
+            sys.exit(f'error: {annotations} not found; do Step 2 or set --avakinetics_anotation')
+        if not args.kinetics_archives and not args.kinetics_list.is_file():
+            sys.exit(f'error: {args.kinetics_list} not found; do Step 1 or set --kinetics_list')
+        if not shutil.which(args.ffmpeg):
+            sys.exit(f'error: {args.ffmpeg} is not a program; omit --ffmpeg to use the one of imageio-ffmpeg')
         cut(args, annotations)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; fix it, then run the same command again')

@@ -133,11 +133,13 @@ def extract_clip(clip: str, root: Path) -> str | None:
 def workspace(path: Path):
     """A hidden folder for unfinished files, of one run at a time; what a killed run left there is removed."""
     path.mkdir(parents=True, exist_ok=True)
+    lock = open(path / 'lock', 'w')
     try:
-        lock = open(path / 'lock', 'w')
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends, however it ends
     except BlockingIOError:
         sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
+    except OSError:  # of some file servers, such as Lustre mounted without flock
+        print(f'{path.parent} has no file locks: let no other run of this step work there', file=sys.stderr)
     for leftover in path.glob('*/'):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -247,10 +249,10 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
     sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     args = parse_args(argv)
-    root = args.avakinetics_root.absolute()
-    if not (root / 'videos').is_dir():
-        sys.exit(f'error: {root / "videos"} not found; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
     try:
+        root = args.avakinetics_root.absolute()
+        if not (root / 'videos').is_dir():
+            sys.exit(f'error: {root / "videos"} not found; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
         extract(args, root)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; fix it, then run the same command again')

@@ -775,6 +775,8 @@ def fetch(args: argparse.Namespace) -> None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when this process ends
             except BlockingIOError:
                 sys.exit(f'error: another run is at work on {target}; wait for it to end, or set --picklepath')
+            except OSError:  # of some file servers, such as Lustre mounted without flock
+                print(f'{target.parent} has no file locks: let no other run work on {target.name}', file=sys.stderr)
             file.write('\n' * (file.tell() > 0) + json.dumps(dict(detector=identity, score_thr=args.score_thr)) + '\n')
             with tqdm(total=len(frames), initial=len(people), desc='detect', unit='frame', delay=1) as bar:
                 for key, found in start_detection(left, args, checkpoint, identity):
@@ -811,17 +813,18 @@ def fetch(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
     sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
+    os.environ['MPLBACKEND'] = 'agg'  # a notebook's may not be in this environment
     args = parse_args(argv)
-    root = args.avakinetics_root
-    if not args.datalist.is_file():
-        sys.exit(f'error: {args.datalist} not found; do Step 5 (prepare_annotation.py) or set --datalist')
-    if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
-        sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 or set --avakinetics_root')
-    if not args.config.is_file():
-        sys.exit(f'error: {args.config} not found; set --config to an mmdetection config')
-    if args.picklepath.is_dir():
-        sys.exit(f'error: {args.picklepath} is a folder; set --picklepath to a file')
     try:
+        root = args.avakinetics_root
+        if not args.datalist.is_file():
+            sys.exit(f'error: {args.datalist} not found; do Step 5 (prepare_annotation.py) or set --datalist')
+        if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
+            sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 or set --avakinetics_root')
+        if not args.config.is_file():
+            sys.exit(f'error: {args.config} not found; set --config to an mmdetection config')
+        if args.picklepath.is_dir():
+            sys.exit(f'error: {args.picklepath} is a folder; set --picklepath to a file')
         fetch(args)
     except DetectorError as error:
         sys.exit(f'error: {error}')

@@ -196,13 +196,13 @@ def main(argv: list[str] | None = None) -> None:
     merged = own if split == 'train' else [notes / 'ava_kinetics_val_v2.2.csv', notes / 'ava_kinetics_dense_proposals_val.pkl']
     copy_ava = f"copy AVA's annotation folder: cp -r {MMACTION2}/data/ava/annotations/ {root}/"
     hints = ['do Step 5 (prepare_annotation.py) or set --avakinetics_root', 'do Step 6 (fetch_proposal.py) first']
-    for path, hint in zip(kinetics + own, hints + [copy_ava] * 2):
-        if not path.is_file():
-            sys.exit(f'error: {path} not found; {hint}')
-    if notes.is_symlink():
-        sys.exit(f"error: {notes} is a link to {notes.resolve()}: merging would change AVA's own files; remove the link, then "
-                 + copy_ava)
     try:
+        for path, hint in zip(kinetics + own, hints + [copy_ava] * 2):
+            if not path.is_file():
+                sys.exit(f'error: {path} not found; {hint}')
+        if notes.is_symlink():
+            sys.exit(f"error: {notes} is a link to {notes.resolve()}: merging would change AVA's own files; remove the link, "
+                     f'then {copy_ava}')
         merge(kinetics, own, merged, root / f'reports/merge_annotations_{split}.csv', copy_ava)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; fix it, then run the same command again')

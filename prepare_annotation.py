@@ -194,12 +194,12 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
     sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     args = parse_args(argv)
-    root, annotations = args.avakinetics_root, args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
-    if not annotations.is_file():
-        sys.exit(f'error: {annotations} not found; do Step 2 or set --avakinetics_anotation')
-    if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
-        sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
     try:
+        root, annotations = args.avakinetics_root, args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
+        if not annotations.is_file():
+            sys.exit(f'error: {annotations} not found; do Step 2 or set --avakinetics_anotation')
+        if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
+            sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
         prepare(args, annotations)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; fix it, then run the same command again')

@@ -200,7 +200,7 @@ def read_keyframe(root: Path, name: str, second: int):
     import cv2
     index = (second - (int(name[12:18]) if CLIP_NAME.fullmatch(name) else AVA_START_S)) * FPS
     frame, image = root / f'rawframes/{name}/img_{index + 1:05d}.jpg', None
-    if frame.is_file():
+    if os.path.isfile(frame):  # and its folder may be entered
         image = cv2.imread(str(frame))
     if image is None and (root / f'videos/{name}.mp4').is_file():
         video = cv2.VideoCapture(str(root / f'videos/{name}.mp4'))
@@ -415,20 +415,21 @@ def check(root: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
     sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
+    os.environ['MPLBACKEND'] = 'agg'  # a notebook's may not be in this environment
     args = parse_args(argv)
-    root, ava = args.avakinetics_root, args.ava_root.absolute() / 'rawframes'
-    if args.ava_root.resolve() == root.resolve():
-        sys.exit('error: --ava_root and --avakinetics_root are the same folder; AVA has one of its own')
-    if ava.resolve() == (root / 'rawframes').resolve():
-        sys.exit(f"error: {root / 'rawframes'} is AVA's own folder; the data set has one of its own: remove the link")
-    if not ava.is_dir():
-        sys.exit(f'error: {ava} not found; extract the frames of AVA or set --ava_root')
-    if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
-        sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
-    videos = sorted(name for name in os.listdir(ava) if os.path.isdir(ava / name) and not name.startswith('.'))
-    if not videos:
-        sys.exit(f'error: {ava} holds no folder of frames; extract the frames of AVA or set --ava_root')
     try:
+        root, ava = args.avakinetics_root, args.ava_root.absolute() / 'rawframes'
+        if args.ava_root.resolve() == root.resolve():
+            sys.exit('error: --ava_root and --avakinetics_root are the same folder; AVA has one of its own')
+        if ava.resolve() == (root / 'rawframes').resolve():
+            sys.exit(f"error: {root / 'rawframes'} is AVA's own folder; the data set has one of its own: remove the link")
+        if not ava.is_dir():
+            sys.exit(f'error: {ava} not found; extract the frames of AVA or set --ava_root')
+        if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
+            sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3 (cut_kinetics.py) or set --avakinetics_root')
+        videos = sorted(name for name in os.listdir(ava) if os.path.isdir(ava / name) and not name.startswith('.'))
+        if not videos:
+            sys.exit(f'error: {ava} holds no folder of frames; extract the frames of AVA or set --ava_root')
         (root / 'rawframes').mkdir(exist_ok=True)  # without raw frames of Kinetics, AVA's are the first
         link_all(videos, ava, root)
         check(root)

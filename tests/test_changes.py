@@ -9,6 +9,7 @@ import sys
 import cv2
 import decord
 import pytest
+from imageio_ffmpeg import get_ffmpeg_exe
 
 import draw
 from helpers import REPO, annotation_rows, clip_frames, errors, numbered_source, read_csv, run, snapshot
@@ -207,3 +208,19 @@ def test_a_killed_ffmpeg_is_no_fault_of_the_video(job):
     cut(job, '--overwrite', f'--ffmpeg={job}/ffmpeg', code=1)
     assert [row[2] for row in report(job)] == ['unreadable video: ffmpeg was killed, as it happens when memory runs out'] * 2
     assert (job / f'root/videos/{CLIP}.mp4').exists()
+
+
+def test_a_short_machine_is_no_fault_of_the_video(job):
+    """ffmpeg then ends with an error of its own, and no signal; clips stay, and archives are read again."""
+    (job / 'ffmpeg').write_text(f'#!/bin/bash\n[ $1 = -version ] || ulimit -v 230000\nexec {get_ffmpeg_exe()} "$@"\n')
+    (job / 'ffmpeg').chmod(0o755)
+    subprocess.run(['tar', 'cf', job / 'k.tar', 'videos'], cwd=job, check=True)
+    archives = f'--avakinetics_anotation={job}/notes', f'--avakinetics_root={job}/root', f'--kinetics_archives={job}/k.tar'
+    clips = snapshot(job / 'root/videos')
+    run('cut_kinetics.py', *archives)
+    for short in cut, lambda _, *options, code: run('cut_kinetics.py', *archives, *options, code=code):
+        short(job, '--overwrite', f'--ffmpeg={job}/ffmpeg', code=1)
+        rows = [row[2] for row in report(job) if row[0]]
+        assert len(rows) == 2 and all('unreadable video: ffmpeg was refused by this machine: ' in row for row in rows), rows
+        assert snapshot(job / 'root/videos').keys() == clips.keys()
+    assert '2 clips in' in run('cut_kinetics.py', *archives).stdout and not report(job)

@@ -1,6 +1,9 @@
 """Kills, interruptions, full disks, two runs at once, read-only folders: every step ends well, and the next run mends all."""
 
 import contextlib
+import errno
+import fcntl
+import importlib
 import os
 import random
 import re
@@ -9,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -324,6 +328,31 @@ def test_no_permission(job, step, tmp_path):
         folder.chmod(0o755)
     assert done.returncode == 1 and len(said(done.stderr)) == 1 and 'Permission denied' in done.stderr, done.stderr
     assert snapshot(root) == snapshot(job.before(step))
+
+
+@pytest.mark.parametrize('step', STEPS)
+def test_a_folder_that_may_not_be_entered(job, step, tmp_path):
+    """By anybody but its owner; root has lost the right to pass over permissions."""
+    (tmp_path / 'private').mkdir()
+    shutil.copytree(job.before(step), tmp_path / 'private/root', symlinks=True)
+    (tmp_path / 'private').chmod(0o600)
+    drop = ['setpriv', '--bounding-set=-dac_override,-dac_read_search'] if os.getuid() == 0 else []
+    done = subprocess.run(drop + job.command(step, tmp_path / 'private/root'), capture_output=True, text=True)
+    (tmp_path / 'private').chmod(0o700)
+    assert done.returncode == 1 and len(said(done.stderr)) == 1 and 'Permission denied' in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize('step', ['cut', 'extract', 'fetch', 'merge'])
+def test_a_file_server_without_locks(job, step, tmp_path, monkeypatch, capsys):
+    """Lustre, mounted without flock; simulated, since it wants a server."""
+    def flock(*args):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    shutil.copytree(job.before(step), tmp_path / 'root', symlinks=True)
+    script, *options = job.command(step, tmp_path / 'root')[1:]
+    importlib.import_module(Path(script).stem).main(options)
+    assert_undisturbed(job, step, tmp_path / 'root')
+    assert ('has no file locks: let no other run' in capsys.readouterr().err) == (step != 'merge')
 
 
 def test_a_disk_without_symbolic_links(job, tmp_path):

@@ -295,6 +295,7 @@ class FailingDetector(CascadeRCNN):
 
 
 def test_the_documented_config_is_mmdetections_model():
+    fetch_proposal.use_torchvision_operators()
     import mmdet
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
