@@ -768,7 +768,7 @@ def fetch(args: argparse.Namespace) -> None:
     people = {key: known[key, *version] for key, version in versions.items() if version and (key, *version) in known}
     left, unreadable = [frame for frame in frames if frame.key not in people], {}
     if not people and notes.exists() and not args.overwrite:
-        print(f'{notes} is of another detector or of frames that have changed since: all are detected again')
+        print(f'nothing in {notes} is of this detector, these frames and a --score_thr as low: all are detected anew')
     if left:
         with open(notes, 'a', encoding='utf-8', buffering=1) as file:
             try:

@@ -548,7 +548,7 @@ def test_moved_frames_are_known_and_only_what_matters_makes_another_detector(tmp
         fetch_proposal.main(options)
         out = capsys.readouterr().out
         assert ('all were detected before' in out) == bool(known)
-        assert ('is of another detector or of frames that have changed' in out) == (known is False)
+        assert ('is of this detector, these frames' in out) == (known is False)
         for frame in root.glob('rawframes/*/*.jpg'):
             os.utime(frame, (int(frame.stat().st_mtime), ) * 2)
 
