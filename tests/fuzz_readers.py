@@ -8,6 +8,7 @@ import contextlib
 import os
 import pickle
 import re
+import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -38,8 +39,8 @@ SEEDS = [
     b'\2aaaaaaaaaaa_000003_000007,5,0.1,0.2,0.5,0.9,12,-1\n',
     b'\3' + sample_world.fair_pickle(PROPOSALS),
     *(b'\3' + pickle.dumps(PROPOSALS, protocol) for protocol in range(6)),
-    b'\4{"detector": {}, "score_thr": 0.7}\n'
-    b'{"key": "aaaaaaaaaaa,0005", "file": "a", "size": 1, "mtime_ns": 2, "people": [[0.1, 0.2, 0.5, 0.9, 0.8]]}',
+    b'\4{"detector": "config", "score_thr": 0.7}\n'
+    b'{"key": "aaaaaaaaaaa,0005", "file": "a", "size": 1, "mtime": 2, "people": [[0.1, 0.2, 0.5, 0.9, 0.8]]}',
 ]
 
 
@@ -80,7 +81,7 @@ def read_proposals(data: bytes) -> None:
 
 def read_detections(data: bytes) -> None:
     FILE.write_bytes(data)
-    fetch_proposal.read_detections(FILE, {}, 0.7)
+    fetch_proposal.read_detections(FILE, 'config', 0.7)
 
 
 READERS = read_annotations, read_list, read_datalist, read_proposals, read_detections
@@ -108,12 +109,14 @@ if __name__ == '__main__':
     (FOLDER / 'corpus').mkdir()
     for number, seed in enumerate(SEEDS):
         (FOLDER / f'corpus/{number}').write_bytes(seed)
+    # a pickle may number its objects up to 2^32, for which pickle takes up to 64 GB: the readers then meet a MemoryError
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     sys.addaudithook(forbidden)
     atheris.Setup(
         [
             sys.argv[0],
             f'-max_total_time={seconds}',
-            '-rss_limit_mb=4096',
+            '-rss_limit_mb=0',
             '-timeout=20',
             '-print_final_stats=1',
             '-max_len=4000',
