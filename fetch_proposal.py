@@ -392,11 +392,15 @@ def check_operators(device: str) -> None:
         raise RuntimeError('NMS is wrong')
 
 
+def clear_ones(people: np.ndarray, least: float) -> np.ndarray:
+    """Those of the people (n, 5) who score clearly more than `least`, so that another device finds them, too."""
+    return people[people[:, 4] > least + MAX_SCORE_SHIFT]
+
+
 def same_people(ours: np.ndarray, theirs: np.ndarray, least: float) -> bool:
     """Whether at least half of the people (n, 5) on either side who score clearly more than `least` are on the other, too."""
     matched = [len(others) > 0 and (abs(others - person) < [MAX_BOX_SHIFT] * 4 + [MAX_SCORE_SHIFT]).all(axis=1).any()
-               for people, others in ((ours, theirs), (theirs, ours))
-               for person in people if person[4] > least + MAX_SCORE_SHIFT]
+               for people, others in ((ours, theirs), (theirs, ours)) for person in clear_ones(people, least)]
     return sum(matched) >= len(matched) / 2
 
 
@@ -412,7 +416,7 @@ def find_first_people(model, pipeline: Callable, options: Options, least: float)
     for frame, data in load_frames(options.first_frames, options, pipeline):
         if isinstance(data, dict):
             first = look_at(frame.key, data)
-            if (first[2][:, 4] > least + MAX_SCORE_SHIFT).any():
+            if len(clear_ones(first[2], least)):
                 break
     return first or look_at('a black frame', pipeline(dict(img=np.zeros((256, 340, 3), np.uint8), img_id=0)))
 
@@ -420,15 +424,13 @@ def find_first_people(model, pipeline: Callable, options: Options, least: float)
 def move_to_device(model, data: dict, options: Options):
     """The detector's answer to a frame on the device, where the model then stays, in the memory layout that suits it."""
     import torch
-    layouts = [torch.channels_last, torch.contiguous_format]
-    if use_torchvision_operators():  # a built mmcv assumes NCHW
-        del layouts[0]
-    for layout in layouts:
+    built = use_torchvision_operators()  # a built mmcv assumes NCHW
+    for layout in [torch.contiguous_format] if built else [torch.channels_last, torch.contiguous_format]:
         try:  # with two frames, since the layout of one alone may be both
             model.to(options.device, memory_format=layout)
             return predict(model, [data] * min(2, options.batch_size), options.device, options.amp)[0]
         except RuntimeError:  # CornerNet, for one, takes views that NCHW alone allows
-            if layout == layouts[-1]:
+            if layout == torch.contiguous_format:
                 raise
 
 
@@ -448,7 +450,7 @@ def start_detector(options: Options):
         found = people_of(move_to_device(model, data, options), least)
     except Exception as error:  # whatever an arbitrary model, or a broken device, raises
         raise DetectorError(f'the detector cannot run: {first_line(error)}') from error
-    if not (people[:, 4] > least + MAX_SCORE_SHIFT).any() and options.device != 'cpu':
+    if not len(clear_ones(people, least)) and options.device != 'cpu':
         print(f'nobody on the first {len(options.first_frames)} frames: {options.device} is not compared with the CPU')
     if not same_people(found, people, least):
         raise DetectorError(f'the detector is wrong on {options.device}: it finds {len(found)} people on {key} where '

@@ -169,6 +169,19 @@ def assert_same_people(a: np.ndarray, b: np.ndarray) -> None:
     np.testing.assert_allclose(a[a[:, 0].argsort()], b[b[:, 0].argsort()], atol=2e-3)
 
 
+def write_detector_class(folder: Path, name: str, body: str, model: str = '') -> Path:
+    """A config, in a file of its own, of the tests' detector as a class of this name with this body; `model` is in its options.
+
+    Python has to find the class's module, which is beside the config.
+    """
+    (folder / f'{name}_config.py').write_text(f"_base_ = '{REPO}/tests/tiny_detector.py'\n"
+                                              f"custom_imports = dict(imports=['{name}_module'])\n"
+                                              f"model = dict(type='{name}'{model})\n")
+    (folder / f'{name}_module.py').write_text('from mmdet.models import CascadeRCNN\nfrom mmdet.registry import MODELS\n'
+                                              f'@MODELS.register_module()\nclass {name}(CascadeRCNN):\n{body}')
+    return folder / f'{name}_config.py'
+
+
 FRAME_SIZES = [(340, 256), (426, 240), (320, 240), (456, 256)]
 
 

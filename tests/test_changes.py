@@ -215,12 +215,12 @@ def test_a_short_machine_is_no_fault_of_the_video(job):
     (job / 'ffmpeg').write_text(f'#!/bin/bash\n[ $1 = -version ] || ulimit -v 230000\nexec {get_ffmpeg_exe()} "$@"\n')
     (job / 'ffmpeg').chmod(0o755)
     subprocess.run(['tar', 'cf', job / 'k.tar', 'videos'], cwd=job, check=True)
-    archives = f'--avakinetics_anotation={job}/notes', f'--avakinetics_root={job}/root', f'--kinetics_archives={job}/k.tar'
+    archives = f'--kinetics_archives={job}/k.tar'
     clips = snapshot(job / 'root/videos')
-    run('cut_kinetics.py', *archives)
-    for short in cut, lambda _, *options, code: run('cut_kinetics.py', *archives, *options, code=code):
-        short(job, '--overwrite', f'--ffmpeg={job}/ffmpeg', code=1)
+    cut(job, archives)
+    for source in [], [archives]:
+        cut(job, '--overwrite', f'--ffmpeg={job}/ffmpeg', *source, code=1)
         rows = [row[2] for row in report(job) if row[0]]
         assert len(rows) == 2 and all('unreadable video: ffmpeg was refused by this machine: ' in row for row in rows), rows
         assert snapshot(job / 'root/videos').keys() == clips.keys()
-    assert '2 clips in' in run('cut_kinetics.py', *archives).stdout and not report(job)
+    assert '2 clips in' in cut(job, archives).stdout and not report(job)

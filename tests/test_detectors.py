@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fetch_proposal
-from helpers import REPO, TINY, load, overlap, refused, write_root
+from helpers import REPO, TINY, load, overlap, refused, write_detector_class, write_root
 
 RESNET = """backbone=dict(_delete_=True, type='ResNet', depth=18, base_channels=16, num_stages=4, out_indices=OUT,
                   style='pytorch', norm_cfg=dict(type='BN'))"""
@@ -335,51 +335,30 @@ test_dataloader = dict(dataset=dict(pipeline=[
     assert 'several pictures of a frame (test-time augmentation)' in message
 
 
-def test_a_config_without_test_cfg(root, tmp_path):
+def test_a_config_without_test_cfg(root, tmp_path, monkeypatch):
     """DETR's has none; for others it may be given to the heads."""
-    (tmp_path / 'config.py').write_text(f"""_base_ = '{REPO}/tests/tiny_detector.py'
-custom_imports = dict(imports=['detector_without_test_cfg'])
-model = dict(type='DetectorWithoutTestCfg', test_cfg=None)
-""")
-    (tmp_path / 'detector_without_test_cfg.py').write_text("""
-from mmdet.models import CascadeRCNN
-from mmdet.registry import MODELS
-from mmengine.config import ConfigDict
-NMS = dict(type='nms', iou_threshold=0.7)
-@MODELS.register_module()
-class DetectorWithoutTestCfg(CascadeRCNN):
+    config = write_detector_class(tmp_path, 'DetectorWithoutTestCfg', """
     def __init__(self, test_cfg=None, **options):
-        rpn = dict(nms_pre=300, max_per_img=100, nms=NMS, min_bbox_size=0)
+        from mmengine.config import ConfigDict
+        rpn = dict(nms_pre=300, max_per_img=100, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0)
         rcnn = dict(score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
         super().__init__(test_cfg=ConfigDict(rpn=rpn, rcnn=rcnn), **options)
-""")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(tmp_path)
-        fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/a.pkl', TINY[1],
-                             f'--config={tmp_path}/config.py'])
+""", ', test_cfg=None')
+    monkeypatch.syspath_prepend(tmp_path)
+    fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/a.pkl', TINY[1], f'--config={config}'])
     fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/b.pkl', *TINY])
     assert (tmp_path / 'a.pkl').read_bytes() == (tmp_path / 'b.pkl').read_bytes()
 
 
-def test_a_detector_that_works_in_nchw_only(root, tmp_path):
+def test_a_detector_that_works_in_nchw_only(root, tmp_path, monkeypatch):
     """CornerNet is one; this one's views fail for two frames and more in channels-last layout, but not for one."""
-    (tmp_path / 'config.py').write_text(f"""_base_ = '{REPO}/tests/tiny_detector.py'
-custom_imports = dict(imports=['detector_with_views'])
-model = dict(type='DetectorWithViews')
-""")
-    (tmp_path / 'detector_with_views.py').write_text("""
-from mmdet.models import CascadeRCNN
-from mmdet.registry import MODELS
-@MODELS.register_module()
-class DetectorWithViews(CascadeRCNN):
+    config = write_detector_class(tmp_path, 'DetectorWithViews', """
     def extract_feat(self, inputs):
         features = super().extract_feat(inputs)
         return tuple(feature.view(-1, *feature.shape[2:]).view(feature.shape) for feature in features)
 """)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(tmp_path)
-        fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/a.pkl', TINY[1],
-                             f'--config={tmp_path}/config.py'])
+    monkeypatch.syspath_prepend(tmp_path)
+    fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/a.pkl', TINY[1], f'--config={config}'])
     fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/b.pkl', *TINY])
     assert assert_same_boxes(load(tmp_path / 'a.pkl'), load(tmp_path / 'b.pkl'), 0.7) >= 20
 

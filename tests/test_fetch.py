@@ -27,7 +27,7 @@ import draw
 import fetch_proposal
 import softlink_ava
 from helpers import (FRAME_SIZES, REPO, TINY, assert_same_people, errors, load, overlap, read_csv, refused, run, snapshot,
-                     write_root)
+                     write_detector_class, write_root)
 
 FRAMES = 'kinetics_proposal.pkl.frames.jsonl'
 
@@ -271,22 +271,14 @@ def test_unreadable_frames_cost_themselves_only(small, tmp_path):
 def test_a_failing_model_ends_the_run_with_what_was_saved(fetched, tmp_path):
     """A head that breaks on tall pictures only: what was found before stays, the same command continues."""
     root = write_root(tmp_path / 'root', range(3))
-    (tmp_path / 'failing.py').write_text(f"""_base_ = '{REPO}/tests/tiny_detector.py'
-custom_imports = dict(imports=['failing_detector'])
-model = dict(type='FailingDetector')
-""")
-    (tmp_path / 'failing_detector.py').write_text("""
-import os
-from mmdet.models import CascadeRCNN
-from mmdet.registry import MODELS
-@MODELS.register_module()
-class FailingDetector(CascadeRCNN):
+    config = write_detector_class(tmp_path, 'FailingDetector', """
     def predict(self, inputs, samples, **kwargs):
+        import os
         if samples[0].ori_shape == (240, 320) and not os.path.exists('mended'):
             raise RuntimeError('CUDA error: an illegal memory access')
         return super().predict(inputs, samples, **kwargs)
 """)
-    command = ['fetch_proposal.py', f'--avakinetics_root={root}', f'--config={tmp_path}/failing.py', TINY[1]]
+    command = ['fetch_proposal.py', f'--avakinetics_root={root}', f'--config={config}', TINY[1]]
     options = dict(cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path)})
     assert 'the detector failed: on scene-00002' in errors(run(*command, code=1, **options))
     assert not (root / 'kinetics_proposal.pkl').exists()
@@ -473,12 +465,8 @@ def test_a_batch_that_does_not_fit_is_halved(fetched, few, monkeypatch):
 
 
 DYING = """
-import os
-from mmdet.models import CascadeRCNN
-from mmdet.registry import MODELS
-@MODELS.register_module()
-class DyingDetector(CascadeRCNN):
     def predict(self, inputs, samples, **kwargs):
+        import os
         if len(inputs) > 2:  # not in the check at the start
             try:
                 os.close(os.open(os.path.dirname(__file__) + '/died', os.O_CREAT | os.O_EXCL))
@@ -494,12 +482,9 @@ class DyingDetector(CascadeRCNN):
                                       ("raise RuntimeError('CUDA error: ECC')", 'CUDA error: ECC')])
 def test_a_lost_gpu_leaves_its_frames_to_the_others(fetched, few, tmp_path, monkeypatch, capsys, how, said):
     """Two devices with a process each, of which one is lost at its first batch."""
-    (tmp_path / 'dying.py').write_text(f"_base_ = '{REPO}/tests/tiny_detector.py'\n"
-                                       "custom_imports = dict(imports=['dying_detector'])\n"
-                                       "model = dict(type='DyingDetector')\n")
-    (tmp_path / 'dying_detector.py').write_text(DYING.replace('HOW', how))
+    config = write_detector_class(tmp_path, 'DyingDetector', DYING.replace('HOW', how))
     monkeypatch.syspath_prepend(tmp_path)
-    options = few[1]._replace(config=tmp_path / 'dying.py', batch_size=4)
+    options = few[1]._replace(config=config, batch_size=4)
     assert_found(dict(fetch_proposal.detect_on_gpus(few[0], options, ['cpu', 'cpu:0'])), fetched, few[0])
     err = capsys.readouterr().err
     assert said in err and 'continuing on the others' in err
