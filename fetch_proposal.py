@@ -331,8 +331,8 @@ def read_weights(checkpoint: Path) -> dict:
     except Exception as error:  # a damaged pickle may make torch raise anything
         words = re.search(r'(?:WeightsUnpickler error:|PytorchStreamReader)\s*(.*)', str(error))
         raise DetectorError(f'{checkpoint} is damaged, no checkpoint, or one that would run code '
-                            f'({words[1] if words else type(error).__name__}); delete a download to repeat it, save the '
-                            'state_dict of your own model alone') from None
+                            f'({words[1] if words else type(error).__name__}); if it was downloaded, delete it and '
+                            'run again; if it is your own, save its state_dict alone') from None
     return weights
 
 
