@@ -1,10 +1,12 @@
-"""Where every annotated keyframe ends up: Steps 3 and 5 on real annotations and the real list, with empty clips and frames.
+"""Where every annotated keyframe ends up: Steps 3 and 5 on real annotations and the real list, with
+empty clips and frames.
 
-    python benchmarks/accounting.py kinetics_val_v1.0.csv kinetics-700_val.csv FOLDER     # FOLDER is emptied
+python benchmarks/accounting.py kinetics_val_v1.0.csv kinetics-700_val.csv FOLDER     # FOLDER is
+emptied
 
-The first is an AVA-Kinetics csv, the second Kinetics-700's (label,youtube_id,time_start,time_end,split). Every clip that
-Step 3 plans is made of empty files, as if all videos had been there, so that what is left out is left out by the planning.
-"""
+The first is an AVA-Kinetics csv, the second Kinetics-700's
+(label,youtube_id,time_start,time_end,split). Every clip that Step 3 plans is made of empty files,
+as if all videos had been there, so that what is left out is left out by the planning."""
 
 import csv
 import os
@@ -22,9 +24,14 @@ import cut_kinetics  # noqa: E402
 def write_list(kinetics: Path, path: Path) -> None:
     """Kinetics-700's csv as the list of videos that Step 1 makes."""
     with open(kinetics) as file:
-        path.write_text(''.join('{}/{}_{:06d}_{:06d}.mp4\n'.format(
-                                    row['label'], row['youtube_id'], int(row['time_start']), int(row['time_end']))
-                                for row in csv.DictReader(file)))
+        path.write_text(
+            ''.join(
+                '{}/{}_{:06d}_{:06d}.mp4\n'.format(
+                    row['label'], row['youtube_id'], int(row['time_start']), int(row['time_end'])
+                )
+                for row in csv.DictReader(file)
+            )
+        )
 
 
 def make_clips(annotations: Path, listing: Path, root: Path) -> None:
@@ -32,7 +39,9 @@ def make_clips(annotations: Path, listing: Path, root: Path) -> None:
     keyframes, _, _ = cut_kinetics.read_keyframes(annotations)
     sources, _ = cut_kinetics.read_sources(listing, set(keyframes.video))
     (root / 'videos').mkdir(parents=True)
-    cut_kinetics.note_options(cut_kinetics.parse_args([f'--avakinetics_root={root}']))  # as if Step 3 had made them
+    cut_kinetics.note_options(
+        cut_kinetics.parse_args([f'--avakinetics_root={root}'])
+    )  # as if Step 3 had made them
     made = 0
     for clip in cut_kinetics.plan_clips(keyframes, sources)[1].itertuples():
         (root / 'videos' / clip.name).touch()
@@ -57,16 +66,30 @@ def main() -> None:
     folder = Path(sys.argv[3])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    annotations, listing, root = folder / 'kinetics_val_v1.0.csv', folder / 'list.txt', folder / 'root'
+    annotations, listing, root = (
+        folder / 'kinetics_val_v1.0.csv',
+        folder / 'list.txt',
+        folder / 'root',
+    )
     shutil.copy(sys.argv[1], annotations)
     write_list(Path(sys.argv[2]), listing)
     make_clips(annotations, listing, root)
-    for script, *options in ('cut_kinetics.py', f'--kinetics_list={listing}'), ('prepare_annotation.py',):
+    for script, *options in (
+        ('cut_kinetics.py', f'--kinetics_list={listing}'),
+        ('prepare_annotation.py',),
+    ):
         print(f'\n$ {script}', flush=True)
         subprocess.run(
-            [sys.executable, REPO / script, f'--avakinetics_anotation={folder}', f'--avakinetics_root={root}', '--split=val',
-             *options],
-            check=True)
+            [
+                sys.executable,
+                REPO / script,
+                f'--avakinetics_anotation={folder}',
+                f'--avakinetics_root={root}',
+                '--split=val',
+                *options,
+            ],
+            check=True,
+        )
     seconds, unpeopled = {}, set()
     for line in open(annotations):
         video, timestamp, *rest = line.strip().split(',')
@@ -76,13 +99,22 @@ def main() -> None:
             unpeopled.add((video, timestamp))
     with open(root / 'kinetics_val.csv', newline='') as file:
         used = {(row[0][:11], row[1]) for row in csv.reader(file)}
-    cut, prepared = (report_keys(root / f'reports/{step}_val.csv') for step in ('cut_kinetics', 'prepare_annotation'))
+    cut, prepared = (
+        report_keys(root / f'reports/{step}_val.csv')
+        for step in ('cut_kinetics', 'prepare_annotation')
+    )
     states = Counter(
-        'in the csv' * (second in used) + 'in the report of Step 3' * (second in cut) + ' and of Step 5' * (second in prepared)
-        for second in seconds.values())
+        'in the csv' * (second in used)
+        + 'in the report of Step 3' * (second in cut)
+        + ' and of Step 5' * (second in prepared)
+        for second in seconds.values()
+    )
     keyframes, alone = len(seconds.keys() | unpeopled), len(unpeopled - seconds.keys())
-    print(f'\n{keyframes} keyframes: {alone} without people, {len(seconds)} with people (in {len(set(seconds.values()))} '
-          f'different seconds): {dict(states)}')
+    print(
+        f'\n{keyframes} keyframes: {alone} without people, {len(seconds)} with people (in '
+        f'{len(set(seconds.values()))} '
+        f'different seconds): {dict(states)}'
+    )
     shutil.rmtree(folder)
 
 

@@ -1,9 +1,11 @@
-"""What cutting straight out of an archive needs beyond the clips: disk and memory, for archives of growing size.
+"""What cutting straight out of an archive needs beyond the clips: disk and memory, for archives of
+growing size.
 
     python benchmarks/archives.py VIDEO...
 
-Every fifth member of the archive is wanted, as in Kinetics-700 about one video in five is annotated.
-"""
+Every fifth member of the archive is wanted, as in Kinetics-700 about one video in five is
+annotated."""
+
 import os
 import subprocess
 import sys
@@ -27,17 +29,30 @@ def folder_size(folder: Path) -> int:
 
 
 def measure(videos: list[Path], members: int, folder: Path) -> tuple[int, int, float, float]:
-    """Archive size in bytes, peak of unfinished files in bytes, peak memory of a process in MB, seconds."""
+    """Archive size in bytes, peak of unfinished files in bytes, peak memory of a process in MB,
+    seconds.
+    """
     names = [f'{index:011d}_000000_000010.mp4' for index in range(members)]
     with tarfile.open(folder / 'kinetics.tar', 'w') as tar:
         for index, name in enumerate(names):
             tar.add(videos[index % len(videos)], f'some class/{name}')
-    (folder / 'kinetics_train_v1.0.csv').write_text(''.join(
-        f'{name[:11]},5.0,0.1,0.1,0.5,0.9,12\n' for name in names[::5]))
+    (folder / 'kinetics_train_v1.0.csv').write_text(
+        ''.join(f'{name[:11]},5.0,0.1,0.1,0.5,0.9,12\n' for name in names[::5])
+    )
     start, peak = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, REPO / 'cut_kinetics.py', f'--avakinetics_anotation={folder}',
-                                f'--avakinetics_root={folder}/root', '--kinetics_archives', folder / 'kinetics.tar',
-                                '--num_workers=1'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            REPO / 'cut_kinetics.py',
+            f'--avakinetics_anotation={folder}',
+            f'--avakinetics_root={folder}/root',
+            '--kinetics_archives',
+            folder / 'kinetics.tar',
+            '--num_workers=1',
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     answer = []
     waiter = threading.Thread(target=lambda: answer.append(os.wait4(process.pid, 0)))
     waiter.start()
@@ -45,7 +60,12 @@ def measure(videos: list[Path], members: int, folder: Path) -> tuple[int, int, f
         peak = max(peak, folder_size(folder / 'root/videos/.cut_kinetics_train'))
         time.sleep(0.005)
     assert len(list((folder / 'root/videos').iterdir())) == len(names[::5])
-    return (folder / 'kinetics.tar').stat().st_size, peak, answer[0][2].ru_maxrss / 1024, time.perf_counter() - start
+    return (
+        (folder / 'kinetics.tar').stat().st_size,
+        peak,
+        answer[0][2].ru_maxrss / 1024,
+        time.perf_counter() - start,
+    )
 
 
 def main() -> None:
@@ -53,7 +73,9 @@ def main() -> None:
     if not videos:
         sys.exit(__doc__)
     print(f'largest video {max(path.stat().st_size for path in videos) / 1e6:.2f} MB')
-    print(f'{"members":>8}{"archive MB":>12}{"peak disk MB":>14}{"peak memory MB":>16}{"seconds":>9}')
+    print(
+        f'{"members":>8}{"archive MB":>12}{"peak disk MB":>14}{"peak memory MB":>16}{"seconds":>9}'
+    )
     for members in 100, 400, 1600:
         with tempfile.TemporaryDirectory() as folder:
             size, peak, memory, seconds = measure(videos, members, Path(folder))

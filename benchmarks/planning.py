@@ -2,9 +2,10 @@
 
     python benchmarks/planning.py ANNOTATIONS.csv KINETICS.csv
 
-Takes a real AVA-Kinetics csv and Kinetics-700's own csv (label,youtube_id,time_start,time_end,split), makes the list of
-videos of it, and repeats both under other ids up to 540,000 list lines, the size of the training set.
-"""
+Takes a real AVA-Kinetics csv and Kinetics-700's own csv
+(label,youtube_id,time_start,time_end,split), makes the list of videos of it, and repeats both under
+other ids up to 540,000 list lines, the size of the training set."""
+
 import csv
 import multiprocessing
 import resource
@@ -29,21 +30,34 @@ def write_job(annotations: Path, kinetics: Path, copies: int, folder: Path) -> t
     lines = open(annotations).read().splitlines()
     with open(folder / 'list.txt', 'w') as listing, open(folder / 'annotations.csv', 'w') as rows:
         for copy in range(copies):
-            listing.writelines('{}/{}_{:06d}_{:06d}.mp4 1\n'.format(
-                row['label'], other_id(row['youtube_id'], copy), int(row['time_start']), int(row['time_end']))
-                for row in videos)
+            listing.writelines(
+                '{}/{}_{:06d}_{:06d}.mp4 1\n'.format(
+                    row['label'],
+                    other_id(row['youtube_id'], copy),
+                    int(row['time_start']),
+                    int(row['time_end']),
+                )
+                for row in videos
+            )
             rows.writelines(other_id(line, copy) + '\n' for line in lines)
     return folder / 'annotations.csv', folder / 'list.txt'
 
 
 def plan(annotations: Path, listing: Path, queue) -> None:
     import pandas  # noqa: F401, whose import is not planning
+
     start = time.perf_counter()
     keyframes, _, _ = cut_kinetics.read_keyframes(annotations)
     sources, _ = cut_kinetics.read_sources(listing, set(keyframes.video.tolist()))
     covered, _ = cut_kinetics.plan_clips(keyframes, sources)
-    queue.put((len(keyframes), len(covered), time.perf_counter() - start,
-               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    queue.put(
+        (
+            len(keyframes),
+            len(covered),
+            time.perf_counter() - start,
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        )
+    )
 
 
 def main() -> None:
@@ -59,7 +73,9 @@ def main() -> None:
             process.start()
             keyframes, planned, seconds, memory = queue.get()
             process.join()
-        print(f'{lines[1]:>12,}{lines[0]:>10,}{keyframes:>11,}{planned:>10,}{seconds:>9.1f}{memory:>6.0f}')
+        print(
+            f'{lines[1]:>12,}{lines[0]:>10,}{keyframes:>11,}{planned:>10,}{seconds:>9.1f}{memory:>6.0f}'
+        )
 
 
 if __name__ == '__main__':

@@ -1,13 +1,16 @@
-"""Frames a second of a plain loop over mmdet's inference_detector and of fetch_proposal.py in several settings, in one run.
+"""Frames a second of a plain loop over mmdet's inference_detector and of fetch_proposal.py in
+several settings, in one run.
 
-    python benchmarks/proposals.py                                        # the documented detector, random weights
-    python benchmarks/proposals.py --config tests/tiny_detector.py --checkpoint tests/tiny_detector.pth
+python benchmarks/proposals.py                                        # the documented detector,
+random weights python benchmarks/proposals.py --config tests/tiny_detector.py --checkpoint
+tests/tiny_detector.pth
 
-Same frames, same weights, same device; every figure is the median of several rounds. On a GPU it also gives how busy
-the GPU was and which share of the arithmetic limit (the rate of a large matrix product) was reached. The boxes of every
-setting are compared with the loop's. Frames are drawn; random weights are biased so that there are boxes. Needs what
-requirements.txt installs, no compiler.
-"""
+Same frames, same weights, same device; every figure is the median of several rounds. On a GPU it
+also gives how busy the GPU was and which share of the arithmetic limit (the rate of a large matrix
+product) was reached. The boxes of every setting are compared with the loop's. Frames are drawn;
+random weights are biased so that there are boxes. Needs what requirements.txt installs, no
+compiler."""
+
 import argparse
 import contextlib
 import platform
@@ -32,22 +35,36 @@ import fetch_proposal  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--config', type=Path, default=REPO / 'X-101-64x4d-FPN.py', help='mmdetection config')
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        '--config', type=Path, default=REPO / 'X-101-64x4d-FPN.py', help='mmdetection config'
+    )
     parser.add_argument('--checkpoint', type=Path, help='its weights (default: random ones)')
     parser.add_argument('--frames', type=int, default=64, help='frames to detect on, of two sizes')
     parser.add_argument('--rounds', type=int, default=3, help='rounds of each measurement')
-    parser.add_argument('--batch_sizes', type=int, nargs='+', default=[1, 2, 4, 8, 16, 32], help='batch sizes to try')
-    parser.add_argument('--device', default='cuda:0' if torch.cuda.is_available() else 'cpu', help='torch device')
+    parser.add_argument(
+        '--batch_sizes',
+        type=int,
+        nargs='+',
+        default=[1, 2, 4, 8, 16, 32],
+        help='batch sizes to try',
+    )
+    parser.add_argument(
+        '--device', default='cuda:0' if torch.cuda.is_available() else 'cpu', help='torch device'
+    )
     return parser.parse_args()
 
 
 def random_checkpoint(config: Path, folder: Path) -> Path:
-    """Random weights for a Cascade R-CNN whose last layers are biased towards the person, so that there are boxes."""
+    """Random weights for a Cascade R-CNN whose last layers are biased towards the person, so that
+    there are boxes.
+    """
     fetch_proposal.use_torchvision_operators()
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
+
     register_all_modules()
     torch.manual_seed(0)
     model = MODELS.build(fetch_proposal.load_config(config, True).model)
@@ -72,13 +89,27 @@ def write_frames(root: Path, count: int) -> list[fetch_proposal.Frame]:
 
 
 def timed(work, device: str) -> tuple[float, float]:
-    """Seconds that `work` takes, and the mean utilisation of the GPU in per cent meanwhile (NaN on the CPU)."""
+    """Seconds that `work` takes, and the mean utilisation of the GPU in per cent meanwhile (NaN on
+    the CPU).
+    """
     busy, done = [], threading.Event()
 
     def watch():
         while not done.wait(0.1):
-            busy.append(float(subprocess.run(['nvidia-smi', '--query-gpu=utilization.gpu', '--format=csv,noheader,nounits'],
-                                             capture_output=True, text=True).stdout.split()[0]))
+            busy.append(
+                float(
+                    subprocess.run(
+                        [
+                            'nvidia-smi',
+                            '--query-gpu=utilization.gpu',
+                            '--format=csv,noheader,nounits',
+                        ],
+                        capture_output=True,
+                        text=True,
+                    ).stdout.split()[0]
+                )
+            )
+
     if device != 'cpu':
         torch.cuda.synchronize()
         threading.Thread(target=watch).start()
@@ -96,12 +127,13 @@ def arithmetic_limit(device: str, half: bool) -> float:
     size = 8192 if device != 'cpu' else 2048
     a = torch.randn(size, size, device=device, dtype=torch.float16 if half else torch.float32)
     a @ a
-    return 10 * 2 * size ** 3 / timed(lambda: [a @ a for _ in range(10)], device)[0]
+    return 10 * 2 * size**3 / timed(lambda: [a @ a for _ in range(10)], device)[0]
 
 
 def count_operations(options: fetch_proposal.Options, frame: fetch_proposal.Frame) -> float:
     """Floating point operations of one frame, multiplications and additions counted apart."""
     from torch.utils.flop_counter import FlopCounterMode
+
     model, pipeline = fetch_proposal.start_detector(options)
     _, data = next(fetch_proposal.load_frames([frame], options, pipeline))
     with FlopCounterMode(display=False) as counter:
@@ -110,7 +142,9 @@ def count_operations(options: fetch_proposal.Options, frame: fetch_proposal.Fram
 
 
 def largest_difference(a: dict, b: dict, score_thr: float) -> tuple[float, float, int]:
-    """Largest difference of boxes and of scores, and boxes on one side only whose score is not near the threshold."""
+    """Largest difference of boxes and of scores, and boxes on one side only whose score is not near
+    the threshold.
+    """
     boxes = scores = 0.0
     alone = 0
     for key in a.keys() | b.keys():
@@ -128,8 +162,16 @@ def largest_difference(a: dict, b: dict, score_thr: float) -> tuple[float, float
 
 def settings(gpu: bool, batch_sizes: list[int]) -> list[dict]:
     """The script's own settings at every batch size, then one thing changed at a time."""
-    own = dict(batch_size=8 if gpu else 4, amp=False, layout=torch.channels_last, autotuning=True, tf32=False)
-    changes = [dict(batch_size=size) for size in batch_sizes] + [dict(layout=torch.contiguous_format)]
+    own = dict(
+        batch_size=8 if gpu else 4,
+        amp=False,
+        layout=torch.channels_last,
+        autotuning=True,
+        tf32=False,
+    )
+    changes = [dict(batch_size=size) for size in batch_sizes] + [
+        dict(layout=torch.contiguous_format)
+    ]
     if gpu:
         changes += [dict(autotuning=False), dict(tf32=True)]
     changes += [dict(amp=True), dict(amp=True, layout=torch.contiguous_format)]
@@ -141,25 +183,46 @@ def settings(gpu: bool, batch_sizes: list[int]) -> list[dict]:
 def describe(setting: dict) -> str:
     words = [f'batch size {setting["batch_size"]}']
     words += ['--amp'] * setting['amp'] + ['TF32 products'] * setting['tf32']
-    words += ['NCHW'] * (setting['layout'] == torch.contiguous_format) + ['no autotuning'] * (not setting['autotuning'])
+    words += ['NCHW'] * (setting['layout'] == torch.contiguous_format) + ['no autotuning'] * (
+        not setting['autotuning']
+    )
     return ', '.join(words)
 
 
 def main() -> None:
     args = parse_args()
     fetch_proposal.use_torchvision_operators()
-    fetch_proposal.same_people = lambda *_: True  # random weights may go too far in half precision; the table says how far
+    fetch_proposal.same_people = lambda *_: (
+        True
+    )  # random weights may go too far in half precision; the table says how far
     from mmdet.apis import inference_detector
+
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         frames = write_frames(root, args.frames)
         checkpoint = args.checkpoint or random_checkpoint(args.config, root)
         gpu = args.device != 'cpu'
-        name = torch.cuda.get_device_name(args.device) if gpu else f'{platform.processor() or platform.machine()} CPU'
-        print(f'{name}, torch {torch.__version__}, {torch.get_num_threads()} threads; {args.config.name}, '
-              f'{len(frames)} frames of 340x256 and 426x240, median of {args.rounds} rounds')
-        base = fetch_proposal.Options(root, args.config.absolute(), checkpoint.absolute(), args.device,
-                                      0.7 if args.checkpoint else 0.05, False, 1, 4, ())
+        name = (
+            torch.cuda.get_device_name(args.device)
+            if gpu
+            else f'{platform.processor() or platform.machine()} CPU'
+        )
+        print(
+            f'{name}, torch {torch.__version__}, {torch.get_num_threads()} threads; '
+            f'{args.config.name}, '
+            f'{len(frames)} frames of 340x256 and 426x240, median of {args.rounds} rounds'
+        )
+        base = fetch_proposal.Options(
+            root,
+            args.config.absolute(),
+            checkpoint.absolute(),
+            args.device,
+            0.7 if args.checkpoint else 0.05,
+            False,
+            1,
+            4,
+            (),
+        )
         model, _ = fetch_proposal.build_detector(base)
         model.cfg = fetch_proposal.load_config(base.config, True)
         model.to(args.device)
@@ -176,10 +239,19 @@ def main() -> None:
         plain = [timed(loop, args.device)[0] for _ in range(args.rounds)]
         model = None  # frees the device's memory
         operations = count_operations(base, frames[0])
-        limit = {half: arithmetic_limit(args.device, half) for half in ((False, True) if gpu else (False,))}
-        print(f'{"":<36}{"frames/s":>10}{"ratio":>8}{"GPU busy":>10}{"of limit":>10}   boxes, scores, alone')
-        print(f'{"inference_detector loop":<36}{len(frames) / statistics.median(plain):>10.2f}{1:>8.2f}'
-              f'{"":>10}{operations * len(frames) / statistics.median(plain) / limit[False]:>10.1%}')
+        limit = {
+            half: arithmetic_limit(args.device, half)
+            for half in ((False, True) if gpu else (False,))
+        }
+        median = statistics.median(plain)
+        print(
+            f'{"":<36}{"frames/s":>10}{"ratio":>8}{"GPU busy":>10}{"of limit":>10}   boxes, '
+            'scores, alone'
+        )
+        print(
+            f'{"inference_detector loop":<36}{len(frames) / median:>10.2f}{1:>8.2f}'
+            f'{"":>10}{operations * len(frames) / median / limit[False]:>10.1%}'
+        )
         for setting in settings(gpu, args.batch_sizes):
             options = base._replace(batch_size=setting['batch_size'], amp=setting['amp'])
             with contextlib.redirect_stdout(sys.stderr):
@@ -187,13 +259,20 @@ def main() -> None:
             torch.backends.cudnn.benchmark = setting['autotuning']
             torch.backends.cuda.matmul.allow_tf32 = setting['tf32']
             found = dict(fetch_proposal.detect(frames, options))  # warms up: cuDNN tries each size
-            runs = [timed(lambda: list(fetch_proposal.detect(frames, options)), args.device) for _ in range(args.rounds)]
+            runs = [
+                timed(lambda: list(fetch_proposal.detect(frames, options)), args.device)
+                for _ in range(args.rounds)
+            ]
             seconds, busy = (statistics.median(run[i] for run in runs) for i in (0, 1))
             shifts = largest_difference(found, expected, base.score_thr)
             rate = operations * len(frames) / seconds
-            print(f'{describe(setting):<36}{len(frames) / seconds:>10.2f}{statistics.median(plain) / seconds:>8.2f}'
-                  f'{"" if not gpu else f"{busy:.0f} %":>10}{rate / limit[gpu and setting["amp"]]:>10.1%}   '
-                  f'{shifts[0]:.1e}, {shifts[1]:.1e}, {shifts[2]}', flush=True)
+            print(
+                f'{describe(setting):<36}{len(frames) / seconds:>10.2f}{median / seconds:>8.2f}'
+                f'{"" if not gpu else f"{busy:.0f} %":>10}'
+                f'{rate / limit[gpu and setting["amp"]]:>10.1%}   '
+                f'{shifts[0]:.1e}, {shifts[1]:.1e}, {shifts[2]}',
+                flush=True,
+            )
 
 
 if __name__ == '__main__':

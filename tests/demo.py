@@ -1,4 +1,7 @@
-"""`make demo`: draw a small world, run the README's commands on it as they stand there, show what came out."""
+"""`make demo`: draw a small world, run the README's commands on it as they stand there, show what
+came out.
+"""
+
 import os
 import re
 import shutil
@@ -9,32 +12,64 @@ from pathlib import Path
 import sample_world
 
 REPO = Path(__file__).parent.parent
-SCRIPTS = ('cut_kinetics.py', 'extract_rgb_frames.py', 'prepare_annotation.py', 'fetch_proposal.py',
-           'merge_annotations.py', 'softlink_ava.py', 'X-101-64x4d-FPN.py')
+SCRIPTS = (
+    'cut_kinetics.py',
+    'extract_rgb_frames.py',
+    'prepare_annotation.py',
+    'fetch_proposal.py',
+    'merge_annotations.py',
+    'softlink_ava.py',
+    'X-101-64x4d-FPN.py',
+)
 
 
 def readme_commands(heading: str) -> list[str]:
-    """The first shell block of every README section whose heading starts so, such as '### Step '."""
-    sections = re.findall(rf'^{heading}.*?(?=^##|\Z)', (REPO / 'README.md').read_text(), re.M | re.S)
-    return [re.search(r'^```shell\n(.*?)^```', section, re.M | re.S)[1] for section in sections if '```shell' in section]
+    """The first shell block of every README section whose heading starts so: '### Step '."""
+    sections = re.findall(
+        rf'^{heading}.*?(?=^##|\Z)', (REPO / 'README.md').read_text(), re.M | re.S
+    )
+    return [
+        re.search(r'^```shell\n(.*?)^```', section, re.M | re.S)[1]
+        for section in sections
+        if '```shell' in section
+    ]
 
 
 def run_readme(mmaction2: Path, show: bool) -> str:
-    """Run Steps 3 to 7 of the README in a drawn world; the tiny detector takes the place of the documented one."""
+    """Run Steps 3 to 7 of the README in a drawn world; the tiny detector takes the place of the
+    documented one.
+    """
     place = mmaction2 / 'tools/data/ava_kinetics'
     for script in SCRIPTS:
         shutil.copy(REPO / script, place)
-    environment = {**os.environ, 'MMACTION2': str(mmaction2), 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    environment = {
+        **os.environ,
+        'MMACTION2': str(mmaction2),
+        'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+    }
     settings = readme_commands('### Settings')[0].replace('/path/to/mmaction2', str(mmaction2))
-    settings += (f'export CONFIG={REPO}/tests/tiny_detector.py CHECKPOINT={REPO}/tests/tiny_detector.pth\n')
+    settings += (
+        f'export CONFIG={REPO}/tests/tiny_detector.py CHECKPOINT={REPO}/tests/tiny_detector.pth\n'
+    )
     steps = readme_commands('### Step [3-7]')
     assert len(steps) == 5, steps
     said = ''
     for commands in steps:
         if show:
-            print('\n\033[1m' + '\n'.join('$ ' + line for line in commands.strip().splitlines()) + '\033[0m', flush=True)
-        done = subprocess.run(['bash', '-ec', settings + commands], cwd=place, env=environment, text=True,
-                              stdout=None if show else subprocess.PIPE, stderr=None if show else subprocess.STDOUT)
+            print(
+                '\n\033[1m'
+                + '\n'.join('$ ' + line for line in commands.strip().splitlines())
+                + '\033[0m',
+                flush=True,
+            )
+        done = subprocess.run(
+            ['bash', '-ec', settings + commands],
+            cwd=place,
+            env=environment,
+            text=True,
+            stdout=None if show else subprocess.PIPE,
+            stderr=None if show else subprocess.STDOUT,
+        )
         if done.returncode:
             sys.exit(f'error: a command of the README failed\n{done.stdout or ""}')
         said += done.stdout or ''
@@ -72,7 +107,9 @@ def main() -> None:
     print(f'\n{root}')
     show_tree(root)
     print('\nThe broken video, the missing one and the one without people are part of the sample:')
-    print('  ' + (root / 'reports/cut_kinetics_train.csv').read_text().replace('\n', '\n  ').rstrip())
+    print(
+        '  ' + (root / 'reports/cut_kinetics_train.csv').read_text().replace('\n', '\n  ').rstrip()
+    )
     print(f'\nA page to look at, with numbers, plots and keyframes: {root / "report.html"}')
 
 

@@ -1,8 +1,9 @@
-"""Fuzz the readers of annotations, lists, data lists and pickles with atheris: `python tests/fuzz_readers.py SECONDS`.
+"""Fuzz the readers of annotations, lists, data lists and pickles with atheris: `python
+tests/fuzz_readers.py SECONDS`.
 
-Not part of the tests: pip install atheris. Every reader is given bytes that atheris makes up from good examples; a reader
-may refuse them by what it documents, anything else is a find and ends the run with the input in the working directory.
-"""
+Not part of the tests: pip install atheris. Every reader is given bytes that atheris makes up from
+good examples; a reader may refuse them by what it documents, anything else is a find and ends the
+run with the input in the working directory."""
 
 import contextlib
 import os
@@ -17,7 +18,13 @@ import atheris
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 with atheris.instrument_imports(
-    include=['cut_kinetics', 'prepare_annotation', 'fetch_proposal', 'merge_annotations', 'softlink_ava']
+    include=[
+        'cut_kinetics',
+        'prepare_annotation',
+        'fetch_proposal',
+        'merge_annotations',
+        'softlink_ava',
+    ]
 ):
     import cut_kinetics
     import fetch_proposal
@@ -40,7 +47,8 @@ SEEDS = [
     b'\3' + sample_world.fair_pickle(PROPOSALS),
     *(b'\3' + pickle.dumps(PROPOSALS, protocol) for protocol in range(6)),
     b'\4{"detector": "config", "score_thr": 0.7}\n'
-    b'{"key": "aaaaaaaaaaa,0005", "file": "a", "size": 1, "mtime": 2, "people": [[0.1, 0.2, 0.5, 0.9, 0.8]]}',
+    b'{"key": "aaaaaaaaaaa,0005", "file": "a", "size": 1, "mtime": 2, "people": [[0.1, 0.2, '
+    b'0.5, 0.9, 0.8]]}',
 ]
 
 
@@ -48,13 +56,17 @@ def read_annotations(data: bytes) -> None:
     FILE.write_bytes(data)
     keyframes, unpeopled, problems = cut_kinetics.read_keyframes(FILE)
     assert prepare_annotation.read_annotations(FILE)[1] == problems and unpeopled >= 0
-    assert all(len(video) == 11 and '/' not in video and '.' not in video for video in keyframes.video)
+    assert all(
+        len(video) == 11 and '/' not in video and '.' not in video for video in keyframes.video
+    )
     assert keyframes.second.between(0, 10**6 - 1).all()
 
 
 def read_list(data: bytes) -> None:
     FILE.write_bytes(data)
-    keyframes = pd.DataFrame(dict(video=['aaaaaaaaaaa', 'bbbbbbbbbbb', 'bbbbbbbbbbb'], second=[5, 0, 7]))
+    keyframes = pd.DataFrame(
+        dict(video=['aaaaaaaaaaa', 'bbbbbbbbbbb', 'bbbbbbbbbbb'], second=[5, 0, 7])
+    )
     sources, _ = cut_kinetics.read_sources(FILE, set(keyframes.video))
     for clip in cut_kinetics.plan_clips(keyframes, sources)[1].itertuples():
         assert clip.offset >= 0 < clip.seconds <= clip.end - clip.start - clip.offset
@@ -64,7 +76,9 @@ def read_list(data: bytes) -> None:
 def read_datalist(data: bytes) -> None:
     FILE.write_bytes(data)
     table, _ = fetch_proposal.read_datalist(FILE)
-    for key, clip, second in fetch_proposal.plan_frames(list(zip(table['clip'], table['second'])), 1):
+    for key, clip, second in fetch_proposal.plan_frames(
+        list(zip(table['clip'], table['second'])), 1
+    ):
         assert key == f'{clip[:11]},{second:04d}' and int(clip[12:18]) <= second < int(clip[19:25])
     rows = merge_annotations.read_rows(FILE, merge_annotations.CLIP, [])
     assert all(re.match(merge_annotations.CLIP + ',', row) for row in rows)
@@ -89,7 +103,10 @@ READERS = read_annotations, read_list, read_datalist, read_proposals, read_detec
 
 def forbidden(event: str, arguments: tuple) -> None:
     """Whatever a reader has no business to do ends the run at once."""
-    if event in ('os.system', 'subprocess.Popen', 'os.exec', 'os.posix_spawn', 'socket.connect') and ACTIVE:
+    if (
+        event in ('os.system', 'subprocess.Popen', 'os.exec', 'os.posix_spawn', 'socket.connect')
+        and ACTIVE
+    ):
         os.write(2, f'{event} {arguments}\n'.encode())
         os.abort()
 
@@ -109,7 +126,8 @@ if __name__ == '__main__':
     (FOLDER / 'corpus').mkdir()
     for number, seed in enumerate(SEEDS):
         (FOLDER / f'corpus/{number}').write_bytes(seed)
-    # a pickle may number its objects up to 2^32, for which pickle takes up to 64 GB: the readers then meet a MemoryError
+    # a pickle may number its objects up to 2^32, for which pickle takes up to 64 GB: the readers
+    # then meet a MemoryError
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     sys.addaudithook(forbidden)
     atheris.Setup(

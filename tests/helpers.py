@@ -1,4 +1,7 @@
-"""What the tests share: the scripts as a user runs them, and numbered sources of every kind that Kinetics-700 holds."""
+"""What the tests share: the scripts as a user runs them, and numbered sources of every kind that
+Kinetics-700 holds.
+"""
+
 import csv
 import hashlib
 import os
@@ -20,9 +23,16 @@ TINY = [f'--config={REPO}/tests/tiny_detector.py', f'--checkpoint={REPO}/tests/t
 
 
 def run(script, *arguments, code=0, **options) -> subprocess.CompletedProcess:
-    """Run one of the scripts as a user does; fails where the exit code is another, or where a traceback is shown."""
-    done = subprocess.run([sys.executable, str(REPO / script), *map(str, arguments)], capture_output=True, text=True,
-                          timeout=600, **options)
+    """Run one of the scripts as a user does; fails where the exit code is another, or where a
+    traceback is shown.
+    """
+    done = subprocess.run(
+        [sys.executable, str(REPO / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        **options,
+    )
     assert 'Traceback' not in done.stdout + done.stderr, done.stderr
     assert done.returncode == code, f'{done.returncode}\n{done.stdout}\n{done.stderr}'
     return done
@@ -37,7 +47,10 @@ def errors(done: subprocess.CompletedProcess) -> str:
 
 
 def refused(main, *arguments) -> str:
-    """What a script's main function says when it ends with an error: one line. In this process, since imports take seconds."""
+    """What a script's main function says when it ends with an error: one line.
+
+    In this process, since imports take seconds.
+    """
     with pytest.raises(SystemExit) as refusal:
         main([str(argument) for argument in arguments])
     assert refusal.value.code.startswith('error: ') and '\n' not in refusal.value.code
@@ -65,7 +78,9 @@ def annotation_rows(video: str, second: float, count: int = 1) -> str:
     """Lines of an AVA-Kinetics csv; with a count of 0 the row of two columns."""
     if not count:
         return f'{video},{second:.6f}\n'
-    return ''.join(f'{video},{second:.6f},0.1{index}00,0.2,0.5,0.9,{12 + index}\n' for index in range(count))
+    return ''.join(
+        f'{video},{second:.6f},0.1{index}00,0.2,0.5,0.9,{12 + index}\n' for index in range(count)
+    )
 
 
 SIZE = (160, 120)
@@ -87,8 +102,11 @@ VARIANTS = {
     'sound 0.1 s early': dict(lead=0.1),
     'sound 1 s early': dict(lead=1.0, seconds=9),
     'mkv with sound': dict(fps=25, suffix='mkv', sound=True),
-    'webm': dict(fps=25, suffix='webm', options=('-c:v', 'libvpx', '-deadline', 'realtime', '-cpu-used', '8',
-                                                 '-b:v', '1M')),
+    'webm': dict(
+        fps=25,
+        suffix='webm',
+        options=('-c:v', 'libvpx', '-deadline', 'realtime', '-cpu-used', '8', '-b:v', '1M'),
+    ),
     'first timestamp 1.5 s': dict(options=('-output_ts_offset', '1.5'), suffix='mkv'),
     'transport stream': dict(fps=25, suffix='ts', sound=True),
     'rotated': dict(rotate=True),
@@ -112,7 +130,7 @@ def number_times(variant: dict) -> dict[int, float]:
 
 
 def numbered_source(path: Path, variant: dict) -> None:
-    """Encode ten seconds (or variant['seconds']) of numbered pictures; frame n is due at n / fps."""
+    """Encode variant['seconds'] (10) of numbered pictures; frame n is due at n / fps."""
     size, fps = variant.get('size', SIZE), variant.get('fps', 30)
     times = number_times(variant)
 
@@ -141,13 +159,16 @@ def numbered_source(path: Path, variant: dict) -> None:
 def clip_frames(path: Path) -> list[int]:
     """The numbers that a clip's frames show."""
     import decord  # after torch, where a test has that: see conftest.py
+
     return [draw.read_stamp(frame.asnumpy()[..., ::-1]) for frame in decord.VideoReader(str(path))]
 
 
 def fake_frames(folder: Path, clip: str, count: int | None = None) -> None:
     """A clip folder with as many frames, none a picture, as its name says, or with `count`."""
     (folder / clip).mkdir(parents=True)
-    for index in range(1, ((int(clip[-6:]) - int(clip[-13:-7])) * 30 if count is None else count) + 1):
+    for index in range(
+        1, ((int(clip[-6:]) - int(clip[-13:-7])) * 30 if count is None else count) + 1
+    ):
         (folder / clip / f'img_{index:05d}.jpg').write_bytes(b'frame')
 
 
@@ -158,27 +179,39 @@ def load(path: Path) -> object:
 
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """IoU of every box of a (n, 4) with every box of b (m, 4)."""
-    corner, end = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    corner, end = (
+        np.maximum(a[:, None, :2], b[None, :, :2]),
+        np.minimum(a[:, None, 2:], b[None, :, 2:]),
+    )
     both = np.clip(end - corner, 0, None).prod(-1)
-    return both / ((a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1)[None] - both)
+    return both / (
+        (a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1)[None] - both
+    )
 
 
 def assert_same_people(a: np.ndarray, b: np.ndarray) -> None:
-    """As many boxes, and boxes and scores within 2e-3: batches of another make-up may round otherwise."""
+    """As many boxes, and boxes and scores within 2e-3: batches of another make-up may round
+    otherwise.
+    """
     assert a.shape == b.shape
     np.testing.assert_allclose(a[a[:, 0].argsort()], b[b[:, 0].argsort()], atol=2e-3)
 
 
 def write_detector_class(folder: Path, name: str, body: str, model: str = '') -> Path:
-    """A config, in a file of its own, of the tests' detector as a class of this name with this body; `model` is in its options.
+    """A config, in a file of its own, of the tests' detector as a class of this name with this
+    body; `model` is in its options.
 
     Python has to find the class's module, which is beside the config.
     """
-    (folder / f'{name}_config.py').write_text(f"_base_ = '{REPO}/tests/tiny_detector.py'\n"
-                                              f"custom_imports = dict(imports=['{name}_module'])\n"
-                                              f"model = dict(type='{name}'{model})\n")
-    (folder / f'{name}_module.py').write_text('from mmdet.models import CascadeRCNN\nfrom mmdet.registry import MODELS\n'
-                                              f'@MODELS.register_module()\nclass {name}(CascadeRCNN):\n{body}')
+    (folder / f'{name}_config.py').write_text(
+        f"_base_ = '{REPO}/tests/tiny_detector.py'\n"
+        f"custom_imports = dict(imports=['{name}_module'])\n"
+        f"model = dict(type='{name}'{model})\n"
+    )
+    (folder / f'{name}_module.py').write_text(
+        'from mmdet.models import CascadeRCNN\nfrom mmdet.registry import MODELS\n'
+        f'@MODELS.register_module()\nclass {name}(CascadeRCNN):\n{body}'
+    )
     return folder / f'{name}_config.py'
 
 
@@ -195,18 +228,25 @@ def write_root(root: Path, scenes) -> Path:
             image, boxes = draw.draw_frame(scene, second, FRAME_SIZES[scene % 4])
             cv2.imwrite(str(root / f'rawframes/{clip}/img_{second * 30 + 1:05d}.jpg'), image)
             if second == 2:
-                rows += ''.join('{},12,{:.3f},{:.3f},{:.3f},{:.3f},12,-1\n'.format(clip, *box) for box in boxes)
+                rows += ''.join(
+                    '{},12,{:.3f},{:.3f},{:.3f},{:.3f},12,-1\n'.format(clip, *box) for box in boxes
+                )
     (root / 'kinetics_train.csv').write_text(rows)
     return root
 
 
 def readme_config(heading: str, number: int, folder: Path):
-    """A python block of the README as a config of MMAction2's, its _base_ that of the installed package."""
+    """A python block of the README as a config of MMAction2's, its _base_ that of the installed
+    package.
+    """
     import mmaction
     from mmengine import Config
+
     section = (REPO / 'README.md').read_text().split(heading)[1].split('\n## ')[0]
     block = re.findall(r'^```python\n(.*?)^```', section, re.M | re.S)[number]
     assert "_base_ = 'configs/" in block
     path = folder / f'config_{number}.py'
-    path.write_text(block.replace("_base_ = 'configs/", f"_base_ = '{mmaction.__path__[0]}/.mim/configs/"))
+    path.write_text(
+        block.replace("_base_ = 'configs/", f"_base_ = '{mmaction.__path__[0]}/.mim/configs/")
+    )
     return Config.fromfile(path)

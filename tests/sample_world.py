@@ -1,9 +1,11 @@
-"""A small world to prepare: Kinetics-700, the AVA-Kinetics annotations and AVA, laid out as MMAction2 documents it.
+"""A small world to prepare: Kinetics-700, the AVA-Kinetics annotations and AVA, laid out as
+MMAction2 documents it.
 
     python tests/sample_world.py FOLDER     # FOLDER stands for $MMACTION2
 
 The people are drawn figures whose boxes are known; the annotations are these boxes.
 """
+
 import pickle
 import sys
 from fractions import Fraction
@@ -14,11 +16,17 @@ import numpy as np
 
 import draw
 
-SCENES = {  # Kinetics-700 class -> (video id, first second, frames a second, size, annotated seconds)
+# Kinetics-700 class -> (video id, first second, frames a second, size, annotated seconds)
+SCENES = {
     "massaging person's head": [('Ab3_d-fGhI1', 12, 30, (340, 256), [17])],
-    'curling (sport)': [('-Kq_7RtYuIo', 100, 25, (426, 240), [103]), ('zXcVb_nM-12', 3, '30000/1001', (426, 240), [3])],
+    'curling (sport)': [
+        ('-Kq_7RtYuIo', 100, 25, (426, 240), [103]),
+        ('zXcVb_nM-12', 3, '30000/1001', (426, 240), [3]),
+    ],
     'passing American football (not in game)': [('_0-PaSsInG_', 55, 24, (320, 240), [64])],
-    'throwing ball (not baseball or American football)': [('tHrOw_-BaLl', 201, 30, (456, 256), [203, 208])],
+    'throwing ball (not baseball or American football)': [
+        ('tHrOw_-BaLl', 201, 30, (456, 256), [203, 208])
+    ],
     'zumba': [('ZuMbA-00001', 0, 30, (340, 256), [5]), ('ZuMbA-00002', 10, 15, (340, 256), [14])],
     'abseiling': [('AbSeIl_0001', 40, '24000/1001', (426, 240), [46])],
     'wrapping present': [('WrApPiNg_01', 77, 50, (320, 240), [79])],
@@ -34,7 +42,11 @@ def annotate(name: str, second: str, boxes: np.ndarray, tail: str = '') -> str:
     rows = ''
     for index, box in enumerate(boxes):
         for action in (12, 79 + index % 2):
-            rows += f'{name},{second},' + ','.join(f'{value:.6f}' for value in box) + f',{action}{tail}\n'
+            rows += (
+                f'{name},{second},'
+                + ','.join(f'{value:.6f}' for value in box)
+                + f',{action}{tail}\n'
+            )
     return rows
 
 
@@ -48,11 +60,16 @@ def draw_kinetics(mmaction2: Path) -> None:
             path = f'{class_name}/{video}_{start:06d}_{start + 10:06d}.mp4'
             (kinetics / 'videos_train' / class_name).mkdir(parents=True, exist_ok=True)
             frames = (draw.draw_frame(scene, n / rate, size, n)[0] for n in range(round(10 * rate)))
-            draw.encode(kinetics / 'videos_train' / path, frames, fps, size, options=['-preset', 'veryfast'])
+            draw.encode(
+                kinetics / 'videos_train' / path, frames, fps, size, options=['-preset', 'veryfast']
+            )
             lines.append(f'{path} {label}')
             for second in seconds:
-                rows += annotate(video, f'{second + 0.011:.6f}', draw.figure_boxes(scene, second - start, size))
-    # what real downloads hold too: a file that broke off, one that is gone, a video that nobody was annotated in
+                rows += annotate(
+                    video, f'{second + 0.011:.6f}', draw.figure_boxes(scene, second - start, size)
+                )
+    # what real downloads hold too: a file that broke off, one that is gone, a video that nobody was
+    # annotated in
     whole = (kinetics / 'videos_train' / lines[0].rsplit(' ', 1)[0]).read_bytes()
     (kinetics / 'videos_train/zumba/bRoKeN-off__000020_000030.mp4').write_bytes(whole[:2000])
     lines += ['zumba/bRoKeN-off__000020_000030.mp4 4', 'zumba/gOnE-gOnE-1_000020_000030.mp4 4']
@@ -77,29 +94,42 @@ def draw_ava(mmaction2: Path) -> None:
         for second in AVA_SECONDS:
             boxes = draw.figure_boxes(scene, second - 900, AVA_SIZE)
             rows += annotate(video, f'{second:04d}', boxes.round(3), ',0')
-            proposals[f'{video},{second:04d}'] = np.hstack([boxes.round(3), np.full((len(boxes), 1), 0.95)])
+            proposals[f'{video},{second:04d}'] = np.hstack(
+                [boxes.round(3), np.full((len(boxes), 1), 0.95)]
+            )
     names = ava / 'annotations'
     (names / 'ava_train_v2.2.csv').write_text(rows)
     draw_other_annotations(names)
-    (names / 'ava_train_excluded_timestamps_v2.2.csv').write_text(f'{next(iter(AVA_VIDEOS))},0904\n')
+    (names / 'ava_train_excluded_timestamps_v2.2.csv').write_text(
+        f'{next(iter(AVA_VIDEOS))},0904\n'
+    )
     (names / 'ava_val_v2.2.csv').write_text(rows)
     for split in 'train', 'val':
-        (names / f'ava_dense_proposals_{split}.FAIR.recall_93.9.pkl').write_bytes(fair_pickle(proposals))
+        (names / f'ava_dense_proposals_{split}.FAIR.recall_93.9.pkl').write_bytes(
+            fair_pickle(proposals)
+        )
 
 
 def draw_other_annotations(folder: Path) -> None:
-    """The files of AVA's annotation folder beside the training rows and proposals; nothing is validated or excluded."""
+    """The files of AVA's annotation folder beside the training rows and proposals; nothing is
+    validated or excluded.
+    """
     (folder / 'ava_train_excluded_timestamps_v2.2.csv').write_text('')
     (folder / 'ava_val_v2.2.csv').write_text('')
     (folder / 'ava_val_excluded_timestamps_v2.2.csv').write_text('')
     (folder / 'ava_dense_proposals_val.FAIR.recall_93.9.pkl').write_bytes(fair_pickle({}))
-    (folder / 'ava_action_list_v2.2_for_activitynet_2019.pbtxt').write_text(''.join(
-        f'item {{\n  name: "{name}"\n  id: {number}\n}}\n' for number, name in ACTIONS.items()))
+    (folder / 'ava_action_list_v2.2_for_activitynet_2019.pbtxt').write_text(
+        ''.join(
+            f'item {{\n  name: "{name}"\n  id: {number}\n}}\n' for number, name in ACTIONS.items()
+        )
+    )
 
 
 def fair_pickle(proposals: dict[str, np.ndarray]) -> bytes:
     """Proposals as the published file has them: written by NumPy 1, so that it names numpy.core."""
-    return pickle.dumps(proposals, protocol=2).replace(b'numpy._core.multiarray', b'numpy.core.multiarray')
+    return pickle.dumps(proposals, protocol=2).replace(
+        b'numpy._core.multiarray', b'numpy.core.multiarray'
+    )
 
 
 def draw_world(mmaction2: Path) -> None:

@@ -1,4 +1,7 @@
-"""Step 3 straight from archives: the same bytes as from files, through dropped connections and broken archives."""
+"""Step 3 straight from archives: the same bytes as from files, through dropped connections and
+broken archives.
+"""
+
 import http.server
 import io
 import random
@@ -11,28 +14,47 @@ import pytest
 import draw
 from helpers import annotation_rows, clip_frames, errors, numbered_source, read_csv, run, snapshot
 
-SOURCES = {'a b (c)/aaaaaaaaaaa_000100_000110.mp4': {}, "d'e/-b_b_b_b_b__000000_000010.mkv": dict(fps=25, suffix='mkv'),
-           'x/ccccccccccc_000050_000060.mp4': {}, 'y/ccccccccccc_000053_000063.mp4': {},
-           'y/ddddddddddd_000000_000010.mp4': dict(seconds=4), 'z/ddddddddddd_000002_000012.mp4': {},
-           'z/uNwAnTeD-00_000000_000010.mp4': {}}
-ROWS = (annotation_rows('aaaaaaaaaaa', 103) + annotation_rows('aaaaaaaaaaa', 107) + annotation_rows('-b_b_b_b_b_', 9)
-        + annotation_rows('ccccccccccc', 55) + annotation_rows('ccccccccccc', 59) + annotation_rows('ddddddddddd', 6)
-        + annotation_rows('eeeeeeeeeee', 3))
+SOURCES = {
+    'a b (c)/aaaaaaaaaaa_000100_000110.mp4': {},
+    "d'e/-b_b_b_b_b__000000_000010.mkv": dict(fps=25, suffix='mkv'),
+    'x/ccccccccccc_000050_000060.mp4': {},
+    'y/ccccccccccc_000053_000063.mp4': {},
+    'y/ddddddddddd_000000_000010.mp4': dict(seconds=4),
+    'z/ddddddddddd_000002_000012.mp4': {},
+    'z/uNwAnTeD-00_000000_000010.mp4': {},
+}
+ROWS = (
+    annotation_rows('aaaaaaaaaaa', 103)
+    + annotation_rows('aaaaaaaaaaa', 107)
+    + annotation_rows('-b_b_b_b_b_', 9)
+    + annotation_rows('ccccccccccc', 55)
+    + annotation_rows('ccccccccccc', 59)
+    + annotation_rows('ddddddddddd', 6)
+    + annotation_rows('eeeeeeeeeee', 3)
+)
 
 
 @pytest.fixture(scope='module')
 def kinetics(tmp_path_factory):
-    """A folder of sources, the annotations, and what a list of files makes of them in root/, without the source of c that
-    comes in a later archive."""
+    """A folder of sources, the annotations, and what a list of files makes of them in root/,
+    without the source of c that comes in a later archive.
+    """
     folder = tmp_path_factory.mktemp('kinetics')
     for path, variant in SOURCES.items():
         numbered_source(folder / 'files' / path, variant)
     (folder / 'list.txt').write_text(
-        ''.join(f'files/{path} 1\n' for path in SOURCES if path != 'y/ccccccccccc_000053_000063.mp4'))
+        ''.join(
+            f'files/{path} 1\n' for path in SOURCES if path != 'y/ccccccccccc_000053_000063.mp4'
+        )
+    )
     (folder / 'notes').mkdir()
     (folder / 'notes/kinetics_train_v1.0.csv').write_text(ROWS)
-    run('cut_kinetics.py', f'--avakinetics_anotation={folder}/notes', f'--kinetics_list={folder}/list.txt',
-        f'--avakinetics_root={folder}/root')
+    run(
+        'cut_kinetics.py',
+        f'--avakinetics_anotation={folder}/notes',
+        f'--kinetics_list={folder}/list.txt',
+        f'--avakinetics_root={folder}/root',
+    )
     return folder
 
 
@@ -40,22 +62,37 @@ def kinetics(tmp_path_factory):
 def archives(kinetics, tmp_path):
     """The sources in three archives, one of them compressed, with hostile members among them."""
     paths = list(SOURCES)
-    for name, mode, members in (('1.tar', 'w', paths[:3]), ('2.tar.gz', 'w:gz', paths[3:5]), ('3.tar', 'w', paths[5:])):
+    for name, mode, members in (
+        ('1.tar', 'w', paths[:3]),
+        ('2.tar.gz', 'w:gz', paths[3:5]),
+        ('3.tar', 'w', paths[5:]),
+    ):
         with tarfile.open(tmp_path / name, mode) as tar:
             for index, path in enumerate(members):
-                hostile = tarfile.TarInfo(('../../climbed', '/absolute', 'dir/../../x')[index % 3]
-                                          + '/ccccccccccc_000054_000057.mp4')
+                hostile = tarfile.TarInfo(
+                    ('../../climbed', '/absolute', 'dir/../../x')[index % 3]
+                    + '/ccccccccccc_000054_000057.mp4'
+                )
                 hostile.size = 5
                 tar.addfile(hostile, io.BytesIO(b'pwned'))
                 link = tarfile.TarInfo('x/ccccccccccc_000051_000061.mp4')
-                link.type, link.linkname = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE)[index % 3], '/etc/passwd'
+                link.type, link.linkname = (
+                    (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE)[index % 3],
+                    '/etc/passwd',
+                )
                 tar.addfile(link)
                 tar.add(kinetics / 'files' / path, path)
     return [tmp_path / name for name in ('1.tar', '2.tar.gz', '3.tar')]
 
 
 def cut(kinetics, root, *options, **kwargs):
-    return run('cut_kinetics.py', f'--avakinetics_anotation={kinetics}/notes', f'--avakinetics_root={root}', *options, **kwargs)
+    return run(
+        'cut_kinetics.py',
+        f'--avakinetics_anotation={kinetics}/notes',
+        f'--avakinetics_root={root}',
+        *options,
+        **kwargs,
+    )
 
 
 def test_clips_are_those_of_the_list(kinetics, archives, tmp_path):
@@ -64,14 +101,31 @@ def test_clips_are_those_of_the_list(kinetics, archives, tmp_path):
     assert '6 of 7 annotated keyframes' in done.stdout
     assert read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:] == [
         ['eeeeeeeeeee', '3', 'video in no archive that was read'],
-        ['', '', 'not used, since an earlier archive has it too: ccccccccccc_000053_000061.mp4 of 2.tar.gz']]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['1.tar', '2.tar.gz', '3.tar', 'root']
+        [
+            '',
+            '',
+            'not used, since an earlier archive has it too: ccccccccccc_000053_000061.mp4 of '
+            '2.tar.gz',
+        ],
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        '1.tar',
+        '2.tar.gz',
+        '3.tar',
+        'root',
+    ]
     assert sorted(path.name for path in (tmp_path / 'root').iterdir()) == ['reports', 'videos']
 
 
 def test_files_of_names(kinetics, archives, tmp_path):
     (tmp_path / 'names.txt').write_text(f'{tmp_path}/1.tar\n\n{tmp_path}/2.tar.gz\n')
-    cut(kinetics, tmp_path / 'root', '--kinetics_archives', f'@{tmp_path}/names.txt', f'{tmp_path}/3.tar')
+    cut(
+        kinetics,
+        tmp_path / 'root',
+        '--kinetics_archives',
+        f'@{tmp_path}/names.txt',
+        f'{tmp_path}/3.tar',
+    )
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
@@ -86,11 +140,18 @@ def test_second_run_reads_no_archive(kinetics, archives, tmp_path):
 
 def test_a_truncated_archive_costs_no_finished_clip(kinetics, archives, tmp_path):
     whole = archives[0].read_bytes()
-    archives[0].write_bytes(whole[:len(whole) - len(whole) // 3])
+    archives[0].write_bytes(whole[: len(whole) - len(whole) // 3])
     done = cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     clips = {path.name for path in (tmp_path / 'root/videos').iterdir()}
-    assert 'aaaaaaaaaaa_000101_000109.mp4' in clips and '1 more in the report: unreadable archive' in done.stdout
-    assert [row[2] for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv') if 'unreadable archive' in row[2]]
+    assert (
+        'aaaaaaaaaaa_000101_000109.mp4' in clips
+        and '1 more in the report: unreadable archive' in done.stdout
+    )
+    assert [
+        row[2]
+        for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')
+        if 'unreadable archive' in row[2]
+    ]
     archives[0].write_bytes(whole)
     archives[1].unlink()  # finished before, so not read again
     cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
@@ -102,9 +163,13 @@ def test_a_damaged_header_is_no_end(kinetics, archives, tmp_path):
     whole = archives[2].read_bytes()
     with tarfile.open(archives[2]) as tar:
         last = tar.getmembers()[-1].offset
-    archives[2].write_bytes(whole[:last] + b'\xff' * 512 + whole[last + 512:])
+    archives[2].write_bytes(whole[:last] + b'\xff' * 512 + whole[last + 512 :])
     cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
-    assert [row[2] for row in report(tmp_path / 'root') if 'unreadable archive' in row[2] and '3.tar' in row[2]]
+    assert [
+        row[2]
+        for row in report(tmp_path / 'root')
+        if 'unreadable archive' in row[2] and '3.tar' in row[2]
+    ]
     archives[2].write_bytes(whole)
     cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
@@ -113,7 +178,14 @@ def test_a_damaged_header_is_no_end(kinetics, archives, tmp_path):
 def test_a_killed_change_of_options_goes_on(kinetics, archives, tmp_path):
     """Clips of the old options are not taken for those of the new ones."""
     cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
-    cut(kinetics, tmp_path / 'root', '--kinetics_archives', archives[0], '--short_side=64', '--overwrite')
+    cut(
+        kinetics,
+        tmp_path / 'root',
+        '--kinetics_archives',
+        archives[0],
+        '--short_side=64',
+        '--overwrite',
+    )
     done = cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives, '--short_side=64')
     assert '1 cut now' in done.stdout
     for clip in (tmp_path / 'root/videos').glob('*.mp4'):
@@ -122,6 +194,7 @@ def test_a_killed_change_of_options_goes_on(kinetics, archives, tmp_path):
 
 class Flaky(http.server.BaseHTTPRequestHandler):
     """Serves a folder with byte ranges; every third answer breaks off in the middle."""
+
     protocol_version, folder, random, answers = 'HTTP/1.1', None, random.Random(3), 0
 
     def do_HEAD(self):
@@ -142,10 +215,10 @@ class Flaky(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if not body:
             return
-        part = data[first:last + 1]
+        part = data[first : last + 1]
         type(self).answers += 1
         if self.answers % 3 == 0:
-            part = part[:self.random.randrange(len(part))]
+            part = part[: self.random.randrange(len(part))]
             self.close_connection = True
         self.wfile.write(part)
 
@@ -154,7 +227,9 @@ class Flaky(http.server.BaseHTTPRequestHandler):
 
 
 def test_over_http_with_dropped_connections(kinetics, archives, tmp_path):
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), type('Here', (Flaky,), dict(folder=tmp_path)))
+    server = http.server.ThreadingHTTPServer(
+        ('127.0.0.1', 0), type('Here', (Flaky,), dict(folder=tmp_path))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         urls = [f'http://127.0.0.1:{server.server_port}/{path.name}' for path in archives]
@@ -180,7 +255,7 @@ def test_short_side(kinetics, tmp_path):
 
 
 def test_one_archive_after_the_other(kinetics, archives, tmp_path):
-    """Each may be deleted once it was read, although a later one holds a better source of a second."""
+    """Each may be deleted once it was read, though a later one has a better source of a second."""
     for path in archives:
         cut(kinetics, tmp_path / 'root', '--kinetics_archives', path)
         path.unlink()
@@ -214,7 +289,9 @@ def report(root) -> list[list[str]]:
 
 @pytest.fixture
 def two(tmp_path):
-    """One video whose pictures tell which of two archives it came from, and its annotations: the first archive is slow."""
+    """One video whose pictures tell which of two archives it came from, and its annotations: the
+    first archive is slow.
+    """
     numbered_source(tmp_path / 'first.mp4', {})
     numbered_source(tmp_path / 'second.mp4', dict(first=1000))
     name = 'x/aaaaaaaaaaa_000100_000110.mp4'
@@ -228,10 +305,22 @@ def two(tmp_path):
 @pytest.mark.parametrize('order,expected', [('12', 90), ('21', 1090)])
 def test_of_two_archives_with_one_clip_the_first_wins_whichever_ends_first(two, order, expected):
     names = {'1': '1.tar.gz', '2': '2.tar'}
-    done = cut(two, two / 'root', '--num_workers=2', '--kinetics_archives', *(two / names[number] for number in order))
+    done = cut(
+        two,
+        two / 'root',
+        '--num_workers=2',
+        '--kinetics_archives',
+        *(two / names[number] for number in order),
+    )
     assert clip_frames(two / 'root/videos/aaaaaaaaaaa_000103_000107.mp4')[0] == expected
-    assert report(two / 'root') == [['', '', 'not used, since an earlier archive has it too: aaaaaaaaaaa_000103_000107.mp4 of '
-                                     + names[order[1]]]]
+    assert report(two / 'root') == [
+        [
+            '',
+            '',
+            'not used, since an earlier archive has it too: aaaaaaaaaaa_000103_000107.mp4 of '
+            + names[order[1]],
+        ]
+    ]
     assert '1 of 1 annotated keyframes' in done.stdout
 
 
@@ -240,9 +329,12 @@ def test_a_clip_that_spans_its_whole_source_is_not_cut_onto_it(tmp_path):
     write_tar(tmp_path / 'a.tar', {'aaaaaaaaaaa_000100_000110.mp4': tmp_path / 'source.mp4'})
     (tmp_path / 'notes').mkdir()
     (tmp_path / 'notes/kinetics_train_v1.0.csv').write_text(
-        annotation_rows('aaaaaaaaaaa', 101) + annotation_rows('aaaaaaaaaaa', 108))
+        annotation_rows('aaaaaaaaaaa', 101) + annotation_rows('aaaaaaaaaaa', 108)
+    )
     cut(tmp_path, tmp_path / 'root', '--kinetics_archives', tmp_path / 'a.tar')
-    assert len(decord.VideoReader(str(tmp_path / 'root/videos/aaaaaaaaaaa_000100_000110.mp4'))) == 300
+    assert (
+        len(decord.VideoReader(str(tmp_path / 'root/videos/aaaaaaaaaaa_000100_000110.mp4'))) == 300
+    )
     assert not report(tmp_path / 'root')
 
 
@@ -266,18 +358,33 @@ def test_what_new_annotations_need_is_told_and_nothing_is_forgotten(kinetics, ar
     notes.write_text(ROWS + annotation_rows('uNwAnTeD-00', 5) + annotation_rows('-b_b_b_b_b_', 2))
     archives[0].unlink(), archives[1].unlink()
     done = cut(tmp_path, tmp_path / 'root', '--kinetics_archives', *archives)
-    assert '1 cut now' in done.stdout and '2 keyframes left out: archive to read again' in done.stdout
-    assert report(tmp_path / 'root')[:2] == [['-b_b_b_b_b_', '2', 'archive to read again: 1.tar'],
-                                             ['-b_b_b_b_b_', '9', 'archive to read again: 1.tar']]
+    assert (
+        '1 cut now' in done.stdout and '2 keyframes left out: archive to read again' in done.stdout
+    )
+    assert report(tmp_path / 'root')[:2] == [
+        ['-b_b_b_b_b_', '2', 'archive to read again: 1.tar'],
+        ['-b_b_b_b_b_', '9', 'archive to read again: 1.tar'],
+    ]
     assert before.items() <= snapshot(tmp_path / 'root/videos').items()
     assert (tmp_path / 'root/videos/uNwAnTeD-00_000003_000007.mp4').exists()
     done = cut(tmp_path, tmp_path / 'root', '--kinetics_archives', archives[2], '--overwrite')
-    assert '2 cut now' in done.stdout and before.items() <= snapshot(tmp_path / 'root/videos').items()
+    assert (
+        '2 cut now' in done.stdout and before.items() <= snapshot(tmp_path / 'root/videos').items()
+    )
     assert '2 keyframes left out: archive to read again' in done.stdout
 
 
 def test_errors_say_what_to_do(kinetics, tmp_path):
-    assert 'not one clip' in errors(cut(kinetics, tmp_path / 'root', '--kinetics_archives', tmp_path / 'none.tar', code=1))
+    assert 'not one clip' in errors(
+        cut(kinetics, tmp_path / 'root', '--kinetics_archives', tmp_path / 'none.tar', code=1)
+    )
     done = cut(kinetics, tmp_path / 'root', '--kinetics_archives', 's4://bucket/x.tar', code=1)
-    assert 'not one clip' in errors(done) and '1 more in the report: unreadable archive' in done.stdout
-    assert 'none.txt' in cut(kinetics, tmp_path / 'root', '--kinetics_archives', f'@{tmp_path}/none.txt', code=2).stderr
+    assert (
+        'not one clip' in errors(done) and '1 more in the report: unreadable archive' in done.stdout
+    )
+    assert (
+        'none.txt'
+        in cut(
+            kinetics, tmp_path / 'root', '--kinetics_archives', f'@{tmp_path}/none.txt', code=2
+        ).stderr
+    )

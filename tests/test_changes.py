@@ -1,4 +1,7 @@
-"""What changes between two runs: a product that is older than its input is made again, and what cannot be mixed is refused."""
+"""What changes between two runs: a product that is older than its input is made again, and what
+cannot be mixed is refused.
+"""
+
 import json
 import os
 import re
@@ -12,7 +15,16 @@ import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
 
 import draw
-from helpers import REPO, annotation_rows, clip_frames, errors, numbered_source, read_csv, run, snapshot
+from helpers import (
+    REPO,
+    annotation_rows,
+    clip_frames,
+    errors,
+    numbered_source,
+    read_csv,
+    run,
+    snapshot,
+)
 
 CLIP = 'aaaaaaaaaaa_000103_000107'
 
@@ -22,17 +34,26 @@ def job(tmp_path):
     """Two sources, one annotated keyframe each, cut: the folder."""
     for video in 'ab':
         numbered_source(tmp_path / f'videos/{video * 11}_000100_000110.mp4', {})
-    (tmp_path / 'list.txt').write_text(''.join(f'videos/{video * 11}_000100_000110.mp4\n' for video in 'ab'))
+    (tmp_path / 'list.txt').write_text(
+        ''.join(f'videos/{video * 11}_000100_000110.mp4\n' for video in 'ab')
+    )
     (tmp_path / 'notes').mkdir()
     (tmp_path / 'notes/kinetics_train_v1.0.csv').write_text(
-        annotation_rows('aaaaaaaaaaa', 105) + annotation_rows('bbbbbbbbbbb', 105))
+        annotation_rows('aaaaaaaaaaa', 105) + annotation_rows('bbbbbbbbbbb', 105)
+    )
     cut(tmp_path)
     return tmp_path
 
 
 def cut(folder, *options, **kwargs):
-    return run('cut_kinetics.py', f'--avakinetics_anotation={folder}/notes', f'--kinetics_list={folder}/list.txt',
-               f'--avakinetics_root={folder}/root', *options, **kwargs)
+    return run(
+        'cut_kinetics.py',
+        f'--avakinetics_anotation={folder}/notes',
+        f'--kinetics_list={folder}/list.txt',
+        f'--avakinetics_root={folder}/root',
+        *options,
+        **kwargs,
+    )
 
 
 def report(folder, name='cut_kinetics_train') -> list[list[str]]:
@@ -51,7 +72,10 @@ def test_a_source_that_is_gone_costs_no_clip(job):
     (job / 'videos/aaaaaaaaaaa_000100_000110.mp4').unlink()
     assert '(0 cut now, 2 there already)' in cut(job).stdout and not report(job)
     done = cut(job, '--overwrite')
-    assert '1 keyframes left out: file missing' in done.stdout and (job / f'root/videos/{CLIP}.mp4').exists()
+    assert (
+        '1 keyframes left out: file missing' in done.stdout
+        and (job / f'root/videos/{CLIP}.mp4').exists()
+    )
 
 
 @pytest.mark.parametrize('options', [[], ['--overwrite']])
@@ -61,17 +85,24 @@ def test_no_clip_stays_behind_the_report_row_of_a_source_that_is_broken_now(job,
     if options:
         os.utime(source, (0, 0))
     cut(job, *options)
-    assert [row[0] for row in report(job)] == ['aaaaaaaaaaa'] and not (job / f'root/videos/{CLIP}.mp4').exists()
+    assert [row[0] for row in report(job)] == ['aaaaaaaaaaa'] and not (
+        job / f'root/videos/{CLIP}.mp4'
+    ).exists()
 
 
 def test_clips_of_other_options_are_not_mixed(job):
     before = snapshot(job)
     assert errors(cut(job, '--short_side=64', code=1)) == (
-        f'error: 2 clips in {job}/root/videos were made with short_side=none; --overwrite makes all of them anew')
+        f'error: 2 clips in {job}/root/videos were made with short_side=none; --overwrite '
+        'makes all of them anew'
+    )
     assert snapshot(job) == before
     assert '(2 cut now' in cut(job, '--short_side=64', '--overwrite').stdout
     assert decord.VideoReader(str(job / f'root/videos/{CLIP}.mp4'))[0].shape[:2] == (64, 86)
-    assert 'short_side=64' in errors(cut(job, code=1)) and '(0 cut now' in cut(job, '--short_side=64').stdout
+    assert (
+        'short_side=64' in errors(cut(job, code=1))
+        and '(0 cut now' in cut(job, '--short_side=64').stdout
+    )
 
 
 def test_a_killed_change_of_options_goes_on(job):
@@ -80,7 +111,9 @@ def test_a_killed_change_of_options_goes_on(job):
     stat = os.stat(job / f'root/videos/{"b" * 11}_000103_000107.mp4')
     cut(job, '--short_side=64', '--overwrite')
     shutil.copy(job / f'root/videos/{CLIP}.mp4', job / f'root/videos/{"b" * 11}_000103_000107.mp4')
-    os.utime(job / f'root/videos/{"b" * 11}_000103_000107.mp4', (stat.st_atime, stat.st_mtime))  # as if not reached yet
+    os.utime(
+        job / f'root/videos/{"b" * 11}_000103_000107.mp4', (stat.st_atime, stat.st_mtime)
+    )  # as if not reached yet
     assert json.loads(note.read_text())['since'] > stat.st_mtime
     assert '(1 cut now, 1 there already)' in cut(job, '--short_side=64').stdout
 
@@ -92,29 +125,52 @@ def test_clips_of_another_program_are_not_taken_as_ours(job):
 
 
 def test_clips_that_no_annotation_asks_for_any_more_are_named_and_left(job):
-    shutil.copy(job / f'root/videos/{CLIP}.mp4', job / 'root/videos/ccccccccccc_000003_000007.mp4')  # of the other split, say
+    shutil.copy(
+        job / f'root/videos/{CLIP}.mp4', job / 'root/videos/ccccccccccc_000003_000007.mp4'
+    )  # of the other split, say
     (job / 'notes/kinetics_train_v1.0.csv').write_text(
-        annotation_rows('aaaaaaaaaaa', 104) + annotation_rows('bbbbbbbbbbb', 105))
-    assert f'1 other clips of these videos are left, which no annotation asks for, such as {CLIP}.mp4' in cut(job).stdout
+        annotation_rows('aaaaaaaaaaa', 104) + annotation_rows('bbbbbbbbbbb', 105)
+    )
+    assert (
+        f'1 other clips of these videos are left, which no annotation asks for, such as {CLIP}.mp4'
+        in cut(job).stdout
+    )
     assert (job / f'root/videos/{CLIP}.mp4').exists()
 
 
 def test_a_wrong_working_directory_leaves_nothing_behind(job, tmp_path):
     (tmp_path / 'elsewhere').mkdir()
-    done = run('cut_kinetics.py', cwd=tmp_path / 'elsewhere', env={**os.environ, 'MMACTION2': 'data'}, code=1)
+    done = run(
+        'cut_kinetics.py',
+        cwd=tmp_path / 'elsewhere',
+        env={**os.environ, 'MMACTION2': 'data'},
+        code=1,
+    )
     assert 'do Step 2' in errors(done)
-    run('cut_kinetics.py', f'--avakinetics_anotation={job}/notes', cwd=tmp_path / 'elsewhere',
-        env={**os.environ, 'MMACTION2': '.'}, code=1)
+    run(
+        'cut_kinetics.py',
+        f'--avakinetics_anotation={job}/notes',
+        cwd=tmp_path / 'elsewhere',
+        env={**os.environ, 'MMACTION2': '.'},
+        code=1,
+    )
     assert not list((tmp_path / 'elsewhere').iterdir())
 
 
 def test_a_root_whose_name_is_no_utf8(job):
     root = os.fsencode(job) + b'/\xff\xfe'
-    command = [sys.executable, REPO / 'cut_kinetics.py', f'--avakinetics_anotation={job}/notes',
-               f'--kinetics_list={job}/list.txt',
-               b'--avakinetics_root=' + root]
-    for script, options in ('cut_kinetics.py', command[2:]), ('extract_rgb_frames.py', command[4:]), (
-            'prepare_annotation.py', [command[2], command[4]]):
+    command = [
+        sys.executable,
+        REPO / 'cut_kinetics.py',
+        f'--avakinetics_anotation={job}/notes',
+        f'--kinetics_list={job}/list.txt',
+        b'--avakinetics_root=' + root,
+    ]
+    for script, options in (
+        ('cut_kinetics.py', command[2:]),
+        ('extract_rgb_frames.py', command[4:]),
+        ('prepare_annotation.py', [command[2], command[4]]),
+    ):
         done = subprocess.run([sys.executable, REPO / script, *options], capture_output=True)
         assert done.returncode == 0 and b'Traceback' not in done.stderr, done.stderr
     assert len(os.listdir(root + b'/rawframes/' + CLIP.encode())) == 120
@@ -132,7 +188,11 @@ def extract(folder):
 
 
 def prepare(folder):
-    return run('prepare_annotation.py', f'--avakinetics_anotation={folder}/notes', f'--avakinetics_root={folder}/root')
+    return run(
+        'prepare_annotation.py',
+        f'--avakinetics_anotation={folder}/notes',
+        f'--avakinetics_root={folder}/root',
+    )
 
 
 def test_frames_older_than_their_clip_are_extracted_again(job):
@@ -153,11 +213,16 @@ def test_a_folder_with_an_empty_frame_is_not_complete(job):
 
 
 def test_step_5_takes_each_clip_as_it_is(job):
-    """By its raw frames where they are complete, else by its video; a folder of frames hides no other clip."""
+    """By its raw frames where they are complete, else by its video; a folder of frames hides no
+    other clip.
+    """
     extract(job)
     shutil.rmtree(job / 'root/rawframes/bbbbbbbbbbb_000103_000107')
     done = prepare(job)
-    assert '2 of 2 annotated keyframes, on 2 clips, 1 by their raw frames, 1 by their videos' in done.stdout
+    assert (
+        '2 of 2 annotated keyframes, on 2 clips, 1 by their raw frames, 1 by their videos'
+        in done.stdout
+    )
     assert 'training reads either frames or videos of Kinetics' in done.stdout
     (job / f'root/rawframes/{CLIP}/img_00077.jpg').unlink()
     done = prepare(job)
@@ -165,7 +230,8 @@ def test_step_5_takes_each_clip_as_it_is(job):
     (job / f'root/videos/{CLIP}.mp4').unlink()
     prepare(job)
     assert report(job, 'prepare_annotation_train') == [
-        ['aaaaaaaaaaa', '105', f'frames missing: 1 of 120, first img_00077.jpg in {CLIP}']]
+        ['aaaaaaaaaaa', '105', f'frames missing: 1 of 120, first img_00077.jpg in {CLIP}']
+    ]
 
 
 def test_a_validation_split_without_frames_beside_a_training_split_with_them(job):
@@ -174,17 +240,32 @@ def test_a_validation_split_without_frames_beside_a_training_split_with_them(job
     numbered_source(job / 'videos/vvvvvvvvvvv_000100_000110.mp4', {})
     (job / 'val.txt').write_text('videos/vvvvvvvvvvv_000100_000110.mp4\n')
     cut(job, '--split=val', f'--kinetics_list={job}/val.txt')
-    done = run('prepare_annotation.py', f'--avakinetics_anotation={job}/notes', f'--avakinetics_root={job}/root', '--split=val')
-    assert '1 of 1 annotated keyframes, on 1 clips, 0 by their raw frames, 1 by their videos' in done.stdout
+    done = run(
+        'prepare_annotation.py',
+        f'--avakinetics_anotation={job}/notes',
+        f'--avakinetics_root={job}/root',
+        '--split=val',
+    )
+    assert (
+        '1 of 1 annotated keyframes, on 1 clips, 0 by their raw frames, 1 by their videos'
+        in done.stdout
+    )
 
 
 def test_what_another_user_left_unfinished_is_no_obstacle(job):
-    """Colleagues share a folder by their group: what a killed run leaves is as open as the folder, whatever it is called."""
+    """Colleagues share a folder by their group: what a killed run leaves is as open as the folder,
+    whatever it is called.
+    """
     old = os.umask(0o002)
     try:
-        for folder, content in ('videos/.cut_kinetics_train', 'x.mp4'), ('rawframes/.extract_rgb_frames', 'x'):
+        for folder, content in (
+            ('videos/.cut_kinetics_train', 'x.mp4'),
+            ('rawframes/.extract_rgb_frames', 'x'),
+        ):
             (job / 'root' / folder).mkdir(parents=True)
-            (job / 'root' / folder / content).mkdir() if content == 'x' else (job / 'root' / folder / content).touch()
+            (job / 'root' / folder / content).mkdir() if content == 'x' else (
+                job / 'root' / folder / content
+            ).touch()
         cut(job, '--overwrite'), extract(job)
     finally:
         os.umask(old)
@@ -206,13 +287,19 @@ def test_a_killed_ffmpeg_is_no_fault_of_the_video(job):
     (job / 'ffmpeg').write_text('#!/bin/sh\n[ $1 = -version ] || kill -9 $$\n')
     (job / 'ffmpeg').chmod(0o755)
     cut(job, '--overwrite', f'--ffmpeg={job}/ffmpeg', code=1)
-    assert [row[2] for row in report(job)] == ['unreadable video: ffmpeg was killed, as it happens when memory runs out'] * 2
+    assert [row[2] for row in report(job)] == [
+        'unreadable video: ffmpeg was killed, as it happens when memory runs out'
+    ] * 2
     assert (job / f'root/videos/{CLIP}.mp4').exists()
 
 
 def test_a_short_machine_is_no_fault_of_the_video(job):
-    """ffmpeg then ends with an error of its own, and no signal; clips stay, and archives are read again."""
-    (job / 'ffmpeg').write_text(f'#!/bin/bash\n[ $1 = -version ] || ulimit -v 230000\nexec {get_ffmpeg_exe()} "$@"\n')
+    """ffmpeg then ends with an error of its own, and no signal; clips stay, and archives are read
+    again.
+    """
+    (job / 'ffmpeg').write_text(
+        f'#!/bin/bash\n[ $1 = -version ] || ulimit -v 230000\nexec {get_ffmpeg_exe()} "$@"\n'
+    )
     (job / 'ffmpeg').chmod(0o755)
     subprocess.run(['tar', 'cf', job / 'k.tar', 'videos'], cwd=job, check=True)
     archives = f'--kinetics_archives={job}/k.tar'
@@ -221,6 +308,8 @@ def test_a_short_machine_is_no_fault_of_the_video(job):
     for source in [], [archives]:
         cut(job, '--overwrite', f'--ffmpeg={job}/ffmpeg', *source, code=1)
         rows = [row[2] for row in report(job) if row[0]]
-        assert len(rows) == 2 and all('unreadable video: ffmpeg was refused by this machine: ' in row for row in rows), rows
+        assert len(rows) == 2 and all(
+            'unreadable video: ffmpeg was refused by this machine: ' in row for row in rows
+        ), rows
         assert snapshot(job / 'root/videos').keys() == clips.keys()
     assert '2 clips in' in cut(job, archives).stdout and not report(job)

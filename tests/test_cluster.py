@@ -1,4 +1,6 @@
-"""The same work on a Dask cluster: same bytes, through workers that die and schedulers that go away."""
+"""The same work on a Dask cluster: same bytes, through workers that die and schedulers that go
+away.
+"""
 
 import contextlib
 import json
@@ -11,8 +13,19 @@ import time
 import pytest
 
 import draw
-from helpers import (REPO, TINY, annotation_rows, assert_same_people, errors, load, numbered_source, read_csv, run, snapshot,
-                     write_root)
+from helpers import (
+    REPO,
+    TINY,
+    annotation_rows,
+    assert_same_people,
+    errors,
+    load,
+    numbered_source,
+    read_csv,
+    run,
+    snapshot,
+    write_root,
+)
 
 VIDEOS = 12
 
@@ -29,8 +42,18 @@ def dask(*arguments, **options) -> subprocess.Popen:
 
 @contextlib.contextmanager
 def cluster(folder, workers: int = 2):
-    """The address of a scheduler, and the scheduler's process; its workers run in a folder of their own."""
-    started = [dask('scheduler', '--port=0', '--host=127.0.0.1', f'--scheduler-file={folder}/scheduler.json', cwd=folder)]
+    """The address of a scheduler, and the scheduler's process; its workers run in a folder of their
+    own.
+    """
+    started = [
+        dask(
+            'scheduler',
+            '--port=0',
+            '--host=127.0.0.1',
+            f'--scheduler-file={folder}/scheduler.json',
+            cwd=folder,
+        )
+    ]
     try:
         deadline = time.monotonic() + 60
         while True:
@@ -57,7 +80,9 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def job(tmp_path_factory):
-    """Twelve videos, their list, their annotations, and in root/ what Steps 3 to 5 make of them on this machine."""
+    """Twelve videos, their list, their annotations, and in root/ what Steps 3 to 5 make of them on
+    this machine.
+    """
     folder = tmp_path_factory.mktemp('job')
     lines, rows = '', ''
     for index in range(VIDEOS):
@@ -73,9 +98,19 @@ def job(tmp_path_factory):
 
 def steps(folder, root, *options):
     return [
-        ('cut_kinetics.py', '--avakinetics_anotation=.', '--kinetics_list=list.txt', f'--avakinetics_root={root}', *options),
+        (
+            'cut_kinetics.py',
+            '--avakinetics_anotation=.',
+            '--kinetics_list=list.txt',
+            f'--avakinetics_root={root}',
+            *options,
+        ),
         ('extract_rgb_frames.py', f'--avakinetics_root={root}', *options),
-        ('prepare_annotation.py', '--avakinetics_anotation=.', f'--avakinetics_root={root}'),  # needs no cluster
+        (
+            'prepare_annotation.py',
+            '--avakinetics_anotation=.',
+            f'--avakinetics_root={root}',
+        ),  # needs no cluster
     ]
 
 
@@ -105,7 +140,8 @@ def test_archives_on_a_cluster(job, shared, tmp_path):
 def fetch_in_small_chunks(root, *options) -> None:
     """Step 6 with chunks of four frames, in a process of its own."""
     program = (
-        f'import sys; sys.path.insert(0, {str(REPO)!r}); import fetch_proposal; fetch_proposal.CHUNK = 4; fetch_proposal.main()'
+        f'import sys; sys.path.insert(0, {str(REPO)!r}); import fetch_proposal; '
+        'fetch_proposal.CHUNK = 4; fetch_proposal.main()'
     )
     done = subprocess.run(
         [sys.executable, '-c', program, f'--avakinetics_root={root}', *options],
@@ -118,7 +154,9 @@ def fetch_in_small_chunks(root, *options) -> None:
 
 
 def test_proposals_and_one_model_for_each_worker(tmp_path):
-    """The detector notes the process that builds it: one line for each worker and for the check at the start."""
+    """The detector notes the process that builds it: one line for each worker and for the check at
+    the start.
+    """
     write_root(tmp_path / 'root', range(12))
     (tmp_path / 'noting.py').write_text(f"""_base_ = '{REPO}/tests/tiny_detector.py'
 custom_imports = dict(imports=['noting_detector'])
@@ -162,7 +200,10 @@ model = dict(test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms'))))
     with cluster(tmp_path, workers=1) as (address, _):
         options = [f'--avakinetics_root={tmp_path}/root', f'--config={tmp_path}/soft.py', TINY[1]]
         message = errors(run('fetch_proposal.py', *options, f'--dask_scheduler={address}', code=1))
-    assert "the detector cannot run: NotImplementedError: it needs mmcv's compiled operator softnms" in message
+    assert (
+        "the detector cannot run: NotImplementedError: it needs mmcv's compiled operator softnms"
+        in message
+    )
 
 
 def started(command: list, job, root) -> subprocess.Popen:
@@ -185,27 +226,36 @@ def test_a_worker_that_dies_costs_nothing(job, tmp_path):
     with cluster(tmp_path) as (address, _):
         command = steps(job, tmp_path / 'root', f'--dask_scheduler={address}', '--overwrite')[0]
         process = started(command, job, tmp_path / 'root')
-        workers = subprocess.run(['pgrep', '-f', 'spawn_main'], capture_output=True, text=True).stdout.split()
+        workers = subprocess.run(
+            ['pgrep', '-f', 'spawn_main'], capture_output=True, text=True
+        ).stdout.split()
         ours = [
-            pid for pid in workers if open(f'/proc/{pid}/cmdline').read() and os.readlink(f'/proc/{pid}/cwd') == str(tmp_path)
+            pid
+            for pid in workers
+            if open(f'/proc/{pid}/cmdline').read()
+            and os.readlink(f'/proc/{pid}/cwd') == str(tmp_path)
         ]
         os.kill(int(ours[-1]), signal.SIGKILL)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and f'{VIDEOS - 1} of {VIDEOS} annotated keyframes' in out, err
     assert 'Traceback' not in err
     assert snapshot(tmp_path / 'root') == {
-        name: value for name, value in snapshot(job / 'root').items() if name.startswith('videos') or 'cut' in name
+        name: value
+        for name, value in snapshot(job / 'root').items()
+        if name.startswith('videos') or 'cut' in name
     }
 
 
 def test_an_item_that_kills_every_worker_costs_itself_only(job, tmp_path):
-    (tmp_path / 'ffmpeg').write_text(f'''#!/bin/sh
+    (tmp_path / 'ffmpeg').write_text(f"""#!/bin/sh
 case "$*" in *00000000007_*) kill -9 $PPID; sleep 60;; esac
 exec {draw.FFMPEG} "$@"
-''')
+""")
     (tmp_path / 'ffmpeg').chmod(0o755)
     with cluster(tmp_path) as (address, _):
-        command = steps(job, tmp_path / 'root', f'--dask_scheduler={address}', f'--ffmpeg={tmp_path}/ffmpeg')[0]
+        command = steps(
+            job, tmp_path / 'root', f'--dask_scheduler={address}', f'--ffmpeg={tmp_path}/ffmpeg'
+        )[0]
         done = run(*command, cwd=job)
     assert f'{VIDEOS - 2} of {VIDEOS} annotated keyframes' in done.stdout
     rows = read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:]
@@ -222,7 +272,11 @@ def test_a_scheduler_that_goes_away_ends_the_run_with_a_line(job, tmp_path):
         os.killpg(scheduler.pid, signal.SIGKILL)
         _, err = process.communicate(timeout=120)
     lines = [line for line in err.splitlines() if 'clip/s' not in line and line]
-    assert process.returncode == 1 and len(lines) == 1 and lines[0].startswith('error: the Dask scheduler'), err
+    assert (
+        process.returncode == 1
+        and len(lines) == 1
+        and lines[0].startswith('error: the Dask scheduler')
+    ), err
     run(*steps(job, tmp_path / 'root')[0], cwd=job)
     assert snapshot(tmp_path / 'root/videos') == snapshot(job / 'root/videos')
 
@@ -233,11 +287,19 @@ def test_cluster_errors_say_what_to_do(job, tmp_path):
     command = steps(job, 'root', '--dask_scheduler=tcp://127.0.0.1:1')[0]
     assert 'no Dask scheduler with workers' in errors(run(*command, cwd=job, code=1))
     program = (
-        'import sys; sys.modules["distributed"] = None; sys.path.insert(0, sys.argv.pop(1)); import cut_kinetics; '
+        'import sys; sys.modules["distributed"] = None; sys.path.insert(0, sys.argv.pop(1)); '
+        'import cut_kinetics; '
         'cut_kinetics.main()'
     )
     done = subprocess.run(
-        [sys.executable, '-c', program, str(REPO), *steps(job, 'root', '--dask_scheduler=tcp://x:1')[0][1:], '--overwrite'],
+        [
+            sys.executable,
+            '-c',
+            program,
+            str(REPO),
+            *steps(job, 'root', '--dask_scheduler=tcp://x:1')[0][1:],
+            '--overwrite',
+        ],
         cwd=job,
         capture_output=True,
         text=True,

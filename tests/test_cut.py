@@ -1,4 +1,5 @@
 """Step 3 on sources of every kind: each frame of each clip is the nearest one of the source."""
+
 import subprocess
 from fractions import Fraction
 
@@ -8,12 +9,32 @@ import numpy as np
 import pytest
 
 import draw
-from helpers import (SIZE, VARIANTS, annotation_rows, clip_frames, errors, number_times, numbered_source, read_csv, run,
-                     snapshot)
+from helpers import (
+    SIZE,
+    VARIANTS,
+    annotation_rows,
+    clip_frames,
+    errors,
+    number_times,
+    numbered_source,
+    read_csv,
+    run,
+    snapshot,
+)
 
 # Kinetics-700 class names, with what shells and splitting at spaces stumble over
-CLASSES = ["massaging person's head", 'curling (sport)', 'passing American football (not in game)', 'zumba',
-           'a; touch pwned', 'quote "this"', '$(touch pwned)', '-dash', 'per%cent %05d', 'ünïcode']
+CLASSES = [
+    "massaging person's head",
+    'curling (sport)',
+    'passing American football (not in game)',
+    'zumba',
+    'a; touch pwned',
+    'quote "this"',
+    '$(touch pwned)',
+    '-dash',
+    'per%cent %05d',
+    'ünïcode',
+]
 START = 100  # seconds of the original at which every source starts
 
 
@@ -23,15 +44,23 @@ def video_id(index: int) -> str:
 
 @pytest.fixture(scope='module')
 def matrix(tmp_path_factory):
-    """All variants as one Kinetics-700 folder, cut by one command: the folder and the command's output."""
+    """All variants as one Kinetics-700 folder, cut by one command: the folder and the command's
+    output.
+    """
     folder = tmp_path_factory.mktemp('matrix')
     lines, rows = [], ''
     for index, variant in enumerate(VARIANTS.values()):
-        path = '{}/{}_{:06d}_{:06d}.{}'.format(CLASSES[index % len(CLASSES)], video_id(index), START, START + 10,
-                                               variant.get('suffix', 'mp4'))
+        path = '{}/{}_{:06d}_{:06d}.{}'.format(
+            CLASSES[index % len(CLASSES)],
+            video_id(index),
+            START,
+            START + 10,
+            variant.get('suffix', 'mp4'),
+        )
         numbered_source(folder / 'kinetics700/videos_train' / path, variant)
         lines.append(path + ('' if index % 3 == 0 else f' {index}'))
-        # the 3rd, the 6th and the 9th second in turn, so that clips touch the source's start, its middle and its end
+        # the 3rd, the 6th and the 9th second in turn, so that clips touch the source's start, its
+        # middle and its end
         rows += annotation_rows(video_id(index), START + (3, 6, 9)[index % 3] + 0.01, 2)
     (folder / 'kinetics700/list.txt').write_text('\n'.join(lines) + '\n')
     (folder / 'ava_kinetics_v1_0').mkdir()
@@ -40,15 +69,23 @@ def matrix(tmp_path_factory):
 
 
 def cut(folder, *options, **kwargs):
-    return run('cut_kinetics.py', f'--avakinetics_anotation={folder}/ava_kinetics_v1_0',
-               f'--kinetics_list={folder}/kinetics700/list.txt', f'--avakinetics_root={folder}/root', *options,
-               cwd=folder, **kwargs)
+    return run(
+        'cut_kinetics.py',
+        f'--avakinetics_anotation={folder}/ava_kinetics_v1_0',
+        f'--kinetics_list={folder}/kinetics700/list.txt',
+        f'--avakinetics_root={folder}/root',
+        *options,
+        cwd=folder,
+        **kwargs,
+    )
 
 
 def test_no_keyframe_is_lost(matrix):
     folder, done = matrix
     assert len(list((folder / 'root/videos').iterdir())) == len(VARIANTS)
-    assert read_csv(folder / 'root/reports/cut_kinetics_train.csv') == [['video_id', 'timestamp', 'reason']]
+    assert read_csv(folder / 'root/reports/cut_kinetics_train.csv') == [
+        ['video_id', 'timestamp', 'reason']
+    ]
     assert f'{len(VARIANTS)} of {len(VARIANTS)} annotated keyframes' in done.stdout
     assert not list(folder.rglob('pwned'))
 
@@ -67,7 +104,9 @@ def test_every_frame_is_the_nearest(matrix, index, name):
     for k, number in enumerate(numbers):
         due = start - START + k / 30
         nearest = min(abs(time - due) for time in times.values())
-        assert abs(times[number] - due) <= nearest + 0.0011, f'frame {k} shows {number}'  # mkv counts milliseconds
+        assert abs(times[number] - due) <= nearest + 0.0011, (
+            f'frame {k} shows {number}'
+        )  # mkv counts milliseconds
     if not variant.get('drop'):
         due = keyframe - START
         slower = min(30, Fraction(variant.get('fps', 30)))
@@ -77,26 +116,49 @@ def test_every_frame_is_the_nearest(matrix, index, name):
 def test_clips_are_what_training_expects(matrix):
     for path in (matrix[0] / 'root/videos').iterdir():
         said = subprocess.run([draw.FFMPEG, '-i', str(path)], capture_output=True, text=True).stderr
-        assert 'Video: h264' in said and 'yuv420p' in said and 'Audio' not in said and 'rotation' not in said
+        assert (
+            'Video: h264' in said
+            and 'yuv420p' in said
+            and 'Audio' not in said
+            and 'rotation' not in said
+        )
 
 
 @pytest.mark.parametrize('matrix_name,tagged', [('bt601', True), ('bt709', True), ('bt601', False)])
 def test_colours_reach_the_frames(world, matrix_name, tagged):
-    """Red, green, blue and grey of a source tagged BT.709, BT.601 or not at all are the same in the JPEG."""
+    """Red, green, blue and grey of a source tagged BT.709, BT.601 or not at all are the same in the
+    JPEG.
+    """
     colours = [(20, 20, 220), (30, 200, 30), (210, 40, 20), (128, 128, 128)]
     image = np.hstack([np.full((96, 48, 3), colour, np.uint8) for colour in colours])
     path = world / 'kinetics700/a/aaaaaaaaaaa_000000_000010.mp4'
     path.parent.mkdir()
     tags = {'bt601': 'smpte170m', 'bt709': 'bt709'}[matrix_name]
-    draw.encode(path, [image] * 90, 30, (192, 96), options=[
-        '-crf', '10', '-vf', f'scale=out_color_matrix={matrix_name}:out_range=limited',
-        *(['-colorspace', tags, '-color_primaries', tags, '-color_trc', tags] if tagged else [])])
+    draw.encode(
+        path,
+        [image] * 90,
+        30,
+        (192, 96),
+        options=[
+            '-crf',
+            '10',
+            '-vf',
+            f'scale=out_color_matrix={matrix_name}:out_range=limited',
+            *(
+                ['-colorspace', tags, '-color_primaries', tags, '-color_trc', tags]
+                if tagged
+                else []
+            ),
+        ],
+    )
     make(world, {}, annotation_rows('aaaaaaaaaaa', 1), [str(path)])
     cut(world)
     run('extract_rgb_frames.py', f'--avakinetics_root={world}/root')
-    frame = cv2.imread(str(world / 'root/rawframes/aaaaaaaaaaa_000000_000003/img_00031.jpg')).astype(int)
+    frame = cv2.imread(
+        str(world / 'root/rawframes/aaaaaaaaaaa_000000_000003/img_00031.jpg')
+    ).astype(int)
     for index, colour in enumerate(colours):
-        seen = frame[20:76, 48 * index + 12:48 * index + 36].mean((0, 1))
+        seen = frame[20:76, 48 * index + 12 : 48 * index + 36].mean((0, 1))
         assert abs(seen - colour).max() < 6, (colour, seen)
 
 
@@ -117,11 +179,15 @@ def test_overwrite_gives_the_same_bytes(matrix):
 
 
 def make(folder, sources: dict, annotations: str, lines: list[str] | None = None):
-    """A job of {path below videos_train: variant or None for a path without file}; the list names them all."""
+    """A job of {path below videos_train: variant or None for a path without file}; the list names
+    them all.
+    """
     for path, variant in sources.items():
         if variant is not None:
             numbered_source(folder / 'kinetics700/videos_train' / path, variant)
-    (folder / 'kinetics700/list.txt').write_text('\n'.join(lines or [f'{path} 7' for path in sources]) + '\n')
+    (folder / 'kinetics700/list.txt').write_text(
+        '\n'.join(lines or [f'{path} 7' for path in sources]) + '\n'
+    )
     (folder / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').write_text(annotations)
 
 
@@ -130,20 +196,32 @@ def clips(folder):
 
 
 def reasons(folder):
-    return {(row[0], row[1]): row[2] for row in read_csv(folder / 'root/reports/cut_kinetics_train.csv')[1:]}
+    return {
+        (row[0], row[1]): row[2]
+        for row in read_csv(folder / 'root/reports/cut_kinetics_train.csv')[1:]
+    }
 
 
 def test_ranges_lie_two_seconds_around_the_keyframes_and_within_the_source(world):
-    make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': {}, 'a/bbbbbbbbbbb_000000_000010.mp4': {}},
-         annotation_rows('aaaaaaaaaaa', 104.02) + annotation_rows('aaaaaaaaaaa', 105.9) + annotation_rows('aaaaaaaaaaa', 107, 0)
-         + annotation_rows('bbbbbbbbbbb', 0) + annotation_rows('bbbbbbbbbbb', 9))
+    make(
+        world,
+        {'a/aaaaaaaaaaa_000100_000110.mp4': {}, 'a/bbbbbbbbbbb_000000_000010.mp4': {}},
+        annotation_rows('aaaaaaaaaaa', 104.02)
+        + annotation_rows('aaaaaaaaaaa', 105.9)
+        + annotation_rows('aaaaaaaaaaa', 107, 0)
+        + annotation_rows('bbbbbbbbbbb', 0)
+        + annotation_rows('bbbbbbbbbbb', 9),
+    )
     cut(world)
     assert clips(world) == ['aaaaaaaaaaa_000102_000107.mp4', 'bbbbbbbbbbb_000000_000010.mp4']
 
 
 def test_most_centred_source_is_taken_and_another_where_it_is_unreadable(world):
-    make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': {}, 'b/aaaaaaaaaaa_000103_000113.mp4': {}},
-         annotation_rows('aaaaaaaaaaa', 105) + annotation_rows('aaaaaaaaaaa', 109))
+    make(
+        world,
+        {'a/aaaaaaaaaaa_000100_000110.mp4': {}, 'b/aaaaaaaaaaa_000103_000113.mp4': {}},
+        annotation_rows('aaaaaaaaaaa', 105) + annotation_rows('aaaaaaaaaaa', 109),
+    )
     cut(world)
     assert clips(world) == ['aaaaaaaaaaa_000103_000107.mp4', 'aaaaaaaaaaa_000107_000111.mp4']
     assert clip_frames(world / 'root/videos/aaaaaaaaaaa_000107_000111.mp4')[0] == 4 * 30
@@ -152,41 +230,75 @@ def test_most_centred_source_is_taken_and_another_where_it_is_unreadable(world):
     (world / 'kinetics700/videos_train/b/aaaaaaaaaaa_000103_000113.mp4').write_bytes(b'no video')
     cut(world)
     assert clips(world) == ['aaaaaaaaaaa_000103_000110.mp4'] and not reasons(world)
-    assert '1 there already' in cut(world).stdout and clips(world) == ['aaaaaaaaaaa_000103_000110.mp4']
+    assert '1 there already' in cut(world).stdout and clips(world) == [
+        'aaaaaaaaaaa_000103_000110.mp4'
+    ]
 
 
 def test_a_copy_of_the_same_seconds_serves_where_the_first_is_missing(world):
-    make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': None, 'b/aaaaaaaaaaa_000100_000110.mp4': {}},
-         annotation_rows('aaaaaaaaaaa', 105))
+    make(
+        world,
+        {'a/aaaaaaaaaaa_000100_000110.mp4': None, 'b/aaaaaaaaaaa_000100_000110.mp4': {}},
+        annotation_rows('aaaaaaaaaaa', 105),
+    )
     cut(world)
     assert clips(world) == ['aaaaaaaaaaa_000103_000107.mp4'] and not reasons(world)
 
 
 def test_sources_that_end_early(world):
-    make(world, {'a/aaaaaaaaaaa_000000_000010.mp4': dict(seconds=9.3), 'a/bbbbbbbbbbb_000000_000010.mp4': dict(seconds=9.2),
-                 'a/ccccccccccc_000000_000010.mp4': dict(seconds=4), 'a/ddddddddddd_000000_000010.mp4': dict(seconds=4)},
-         annotation_rows('aaaaaaaaaaa', 9) + annotation_rows('bbbbbbbbbbb', 9) + annotation_rows('ccccccccccc', 9)
-         + annotation_rows('ddddddddddd', 1))
+    make(
+        world,
+        {
+            'a/aaaaaaaaaaa_000000_000010.mp4': dict(seconds=9.3),
+            'a/bbbbbbbbbbb_000000_000010.mp4': dict(seconds=9.2),
+            'a/ccccccccccc_000000_000010.mp4': dict(seconds=4),
+            'a/ddddddddddd_000000_000010.mp4': dict(seconds=4),
+        },
+        annotation_rows('aaaaaaaaaaa', 9)
+        + annotation_rows('bbbbbbbbbbb', 9)
+        + annotation_rows('ccccccccccc', 9)
+        + annotation_rows('ddddddddddd', 1),
+    )
     cut(world)
     assert clips(world) == ['aaaaaaaaaaa_000007_000010.mp4', 'ddddddddddd_000000_000003.mp4']
     assert clip_frames(world / 'root/videos/aaaaaaaaaaa_000007_000010.mp4')[-22:] == [278] * 22
-    assert reasons(world) == {('bbbbbbbbbbb', '9'): 'source too short: it ends 0.8 s before the clip does',
-                              ('ccccccccccc', '9'): 'source too short: it ends 3.0 s before the clip does'}
+    assert reasons(world) == {
+        ('bbbbbbbbbbb', '9'): 'source too short: it ends 0.8 s before the clip does',
+        ('ccccccccccc', '9'): 'source too short: it ends 3.0 s before the clip does',
+    }
 
 
 def test_every_unusable_line_is_reported_with_its_number(world):
-    make(world, {'a b (c)/aaaaaaaaaaa_000100_000110.mp4': {}}, annotation_rows('aaaaaaaaaaa', 105)
-         + 'aaaaaaaaaaa,105,0.1,0.2\n' + 'aaaaaaaaaaa,nan,0.1,0.2,0.5,0.9,3\n' + 'short,105,0.1,0.2,0.5,0.9,3\n'
-         + 'aaaaaaaaaaa,105,0.5,0.2,0.1,0.9,3\n' + 'aaaaaaaaaaa,105,0.1,0.2,inf,0.9,3\n'
-         + 'aaaaaaaaaaa,105,0.1,0.2,0.5,0.9,81\n' + 'aaaaaaaaaaa,105,0.1,0.2,0.5,x,3\n'
-         + annotation_rows('aaaaaaaaaaa', 150) + annotation_rows('bbbbbbbbbbb', 3) + annotation_rows('ccccccccccc', 3, 0)
-         + annotation_rows('ddddddddddd', 3),
-         ['a b (c)/aaaaaaaaaaa_000100_000110.mp4', 'a/no_name.mp4 3', 'a/bbbbbbbbbbb_000020_000010.mp4 3',
-          'a/ddddddddddd_000020_000030.mp4'])
+    make(
+        world,
+        {'a b (c)/aaaaaaaaaaa_000100_000110.mp4': {}},
+        annotation_rows('aaaaaaaaaaa', 105)
+        + 'aaaaaaaaaaa,105,0.1,0.2\n'
+        + 'aaaaaaaaaaa,nan,0.1,0.2,0.5,0.9,3\n'
+        + 'short,105,0.1,0.2,0.5,0.9,3\n'
+        + 'aaaaaaaaaaa,105,0.5,0.2,0.1,0.9,3\n'
+        + 'aaaaaaaaaaa,105,0.1,0.2,inf,0.9,3\n'
+        + 'aaaaaaaaaaa,105,0.1,0.2,0.5,0.9,81\n'
+        + 'aaaaaaaaaaa,105,0.1,0.2,0.5,x,3\n'
+        + annotation_rows('aaaaaaaaaaa', 150)
+        + annotation_rows('bbbbbbbbbbb', 3)
+        + annotation_rows('ccccccccccc', 3, 0)
+        + annotation_rows('ddddddddddd', 3),
+        [
+            'a b (c)/aaaaaaaaaaa_000100_000110.mp4',
+            'a/no_name.mp4 3',
+            'a/bbbbbbbbbbb_000020_000010.mp4 3',
+            'a/ddddddddddd_000020_000030.mp4',
+        ],
+    )
     done = cut(world)
-    assert clips(world) == ['aaaaaaaaaaa_000103_000107.mp4'] and '1 of 4 annotated keyframes' in done.stdout
+    assert (
+        clips(world) == ['aaaaaaaaaaa_000103_000107.mp4']
+        and '1 of 4 annotated keyframes' in done.stdout
+    )
     assert read_csv(world / 'root/reports/cut_kinetics_train.csv')[1:] == [
-        ['aaaaaaaaaaa', '150', 'no listed video holds this second'], ['bbbbbbbbbbb', '3', 'video not in the list'],
+        ['aaaaaaaaaaa', '150', 'no listed video holds this second'],
+        ['bbbbbbbbbbb', '3', 'video not in the list'],
         ['ddddddddddd', '3', 'no listed video holds this second'],
         ['', '', 'malformed annotation: line 2: not a box within 0 and 1'],
         ['', '', 'malformed annotation: line 3: not a time in seconds'],
@@ -196,14 +308,25 @@ def test_every_unusable_line_is_reported_with_its_number(world):
         ['', '', 'malformed annotation: line 7: not an action of 1 to 80'],
         ['', '', 'malformed annotation: line 8: not a box within 0 and 1'],
         ['', '', 'malformed list line: line 2: no name like ID_000001_000011.mp4'],
-        ['', '', 'malformed list line: line 3: no name like ID_000001_000011.mp4']]
+        ['', '', 'malformed list line: line 3: no name like ID_000001_000011.mp4'],
+    ]
 
 
 def test_paths_are_found_from_every_documented_place(world):
-    make(world, {'below/aaaaaaaaaaa_000100_000110.mp4': {}}, annotation_rows('aaaaaaaaaaa', 105)
-         + annotation_rows('bbbbbbbbbbb', 105) + annotation_rows('ccccccccccc', 105) + annotation_rows('ddddddddddd', 105),
-         ['below/aaaaaaaaaaa_000100_000110.mp4 1', 'beside/bbbbbbbbbbb_000100_000110.mp4 1',
-          'here/ccccccccccc_000100_000110.mp4 1', f'{world}/absolute/ddddddddddd_000100_000110.mp4 1'])
+    make(
+        world,
+        {'below/aaaaaaaaaaa_000100_000110.mp4': {}},
+        annotation_rows('aaaaaaaaaaa', 105)
+        + annotation_rows('bbbbbbbbbbb', 105)
+        + annotation_rows('ccccccccccc', 105)
+        + annotation_rows('ddddddddddd', 105),
+        [
+            'below/aaaaaaaaaaa_000100_000110.mp4 1',
+            'beside/bbbbbbbbbbb_000100_000110.mp4 1',
+            'here/ccccccccccc_000100_000110.mp4 1',
+            f'{world}/absolute/ddddddddddd_000100_000110.mp4 1',
+        ],
+    )
     numbered_source(world / 'kinetics700/beside/bbbbbbbbbbb_000100_000110.mp4', {})
     numbered_source(world / 'here/ccccccccccc_000100_000110.mp4', {})
     numbered_source(world / 'absolute/ddddddddddd_000100_000110.mp4', {})
@@ -213,10 +336,19 @@ def test_paths_are_found_from_every_documented_place(world):
 
 def test_the_right_spelling_and_the_documented_defaults_work(world):
     make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': {}}, annotation_rows('aaaaaaaaaaa', 105))
-    run('cut_kinetics.py', f'--avakinetics_annotation={world}/ava_kinetics_v1_0',
-        f'--kinetics_list={world}/kinetics700/list.txt', f'--avakinetics_root={world}/root')
-    shown = run('cut_kinetics.py', '--help', env={'MMACTION2': '/mm', 'PATH': '/usr/bin', 'COLUMNS': '200'}).stdout
-    assert '/mm/data/kinetics700/kinetics700_train_list_videos.txt' in shown and '(default: all CPUs)' in shown
+    run(
+        'cut_kinetics.py',
+        f'--avakinetics_annotation={world}/ava_kinetics_v1_0',
+        f'--kinetics_list={world}/kinetics700/list.txt',
+        f'--avakinetics_root={world}/root',
+    )
+    shown = run(
+        'cut_kinetics.py', '--help', env={'MMACTION2': '/mm', 'PATH': '/usr/bin', 'COLUMNS': '200'}
+    ).stdout
+    assert (
+        '/mm/data/kinetics700/kinetics700_train_list_videos.txt' in shown
+        and '(default: all CPUs)' in shown
+    )
     assert '/mm/data/ava_kinetics)' in shown and '(default: ava_kinetics_v1_0)' in shown
 
 
@@ -233,6 +365,10 @@ def test_errors_say_what_to_do(world):
 
 @pytest.mark.parametrize('side,coder', [(480, b'cabac=0'), (482, b'cabac=1')])
 def test_large_pictures_are_coded_with_cabac(world, side, coder):
-    make(world, {'aaaaaaaaaaa_000100_000110.mp4': dict(size=(640, side))}, annotation_rows('aaaaaaaaaaa', 105))
+    make(
+        world,
+        {'aaaaaaaaaaa_000100_000110.mp4': dict(size=(640, side))},
+        annotation_rows('aaaaaaaaaaa', 105),
+    )
     cut(world)
     assert coder in (world / 'root/videos/aaaaaaaaaaa_000103_000107.mp4').read_bytes()

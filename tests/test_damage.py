@@ -1,4 +1,7 @@
-"""Step 3 on damaged sources: a clip shows only what was decoded without an error, or the report says what is wrong."""
+"""Step 3 on damaged sources: a clip shows only what was decoded without an error, or the report
+says what is wrong.
+"""
+
 import random
 import subprocess
 import tarfile
@@ -13,7 +16,9 @@ ONE_KEY_FRAME = dict(options=('-preset', 'medium', '-g', '250'))
 KEY_FRAME_A_SECOND = dict(options=('-preset', 'medium', '-g', '30', '-sc_threshold', '0'))
 
 
-def cut(folder, sources: dict[str, tuple[bytes, int]], suffix='mp4', archive=False) -> dict[str, str]:
+def cut(
+    folder, sources: dict[str, tuple[bytes, int]], suffix='mp4', archive=False
+) -> dict[str, str]:
     """Run Step 3 on {video: (content, annotated second)}; returns the report's reasons by video."""
     for name in 'notes', 'videos':
         (folder / name).mkdir(exist_ok=True)
@@ -23,14 +28,20 @@ def cut(folder, sources: dict[str, tuple[bytes, int]], suffix='mp4', archive=Fal
         (folder / 'videos' / name).write_bytes(content)
     (folder / 'list.txt').write_text(''.join(f'videos/{name}\n' for name in files))
     (folder / 'notes/kinetics_train_v1.0.csv').write_text(
-        ''.join(annotation_rows(video, second) for video, (_, second) in sources.items()))
+        ''.join(annotation_rows(video, second) for video, (_, second) in sources.items())
+    )
     source = [f'--kinetics_list={folder}/list.txt']
     if archive:
         with tarfile.open(folder / 'all.tar', 'w') as tar:
             for name in files:
                 tar.add(folder / 'videos' / name, name)
         source = ['--kinetics_archives', folder / 'all.tar']
-    run('cut_kinetics.py', f'--avakinetics_anotation={folder}/notes', *source, f'--avakinetics_root={folder}/root')
+    run(
+        'cut_kinetics.py',
+        f'--avakinetics_anotation={folder}/notes',
+        *source,
+        f'--avakinetics_root={folder}/root',
+    )
     return {row[0]: row[2] for row in read_csv(folder / 'root/reports/cut_kinetics_train.csv')[1:]}
 
 
@@ -46,18 +57,24 @@ def drawn(folder, variant) -> bytes:
 
 def zeroed(content: bytes, place: float, length: int) -> bytes:
     start = int(len(content) * place)
-    return content[:start] + bytes(length) + content[start + length:]
+    return content[:start] + bytes(length) + content[start + length :]
 
 
 @pytest.mark.parametrize('archive', [False, True], ids=['list', 'archive'])
 def test_damage_in_the_middle_is_told_with_its_time_and_no_clip_shows_it(tmp_path, archive):
-    """3,000 bytes of zeros, 60 random bytes: one key frame, so that everything behind is wrong, and nothing before."""
+    """3,000 bytes of zeros, 60 random bytes: one key frame, so that everything behind is wrong, and
+    nothing before.
+    """
     whole, chance = drawn(tmp_path, ONE_KEY_FRAME), random.Random(1)
     scattered = bytearray(whole)
     for _ in range(60):
         scattered[chance.randrange(len(whole) // 3, len(whole) * 2 // 3)] = chance.randrange(256)
     damaged = dict(zeroed=zeroed(whole, 0.5, 3000), scattered=bytes(scattered))
-    sources = {f'{name[:6]}_{second:04d}': (content, second) for name, content in damaged.items() for second in range(1, 8)}
+    sources = {
+        f'{name[:6]}_{second:04d}': (content, second)
+        for name, content in damaged.items()
+        for second in range(1, 8)
+    }
     reasons = cut(tmp_path, sources, archive=archive)
     told = 0
     for video, (_, second) in sources.items():
@@ -68,7 +85,9 @@ def test_damage_in_the_middle_is_told_with_its_time_and_no_clip_shows_it(tmp_pat
             assert not list((tmp_path / 'root/videos').glob(f'{video}_*'))
         else:
             first, last = max(0, second - 2), second + 2
-            assert numbers(tmp_path, f'{video}_{first:06d}_{last:06d}') == list(range(first * 30, last * 30))
+            assert numbers(tmp_path, f'{video}_{first:06d}_{last:06d}') == list(
+                range(first * 30, last * 30)
+            )
     assert 6 <= told < 14
 
 
@@ -82,27 +101,42 @@ def test_damage_before_a_key_frame_costs_no_clip_behind_it(tmp_path):
 def test_damage_behind_a_clip_costs_nothing(tmp_path):
     """Also in a file whose end is cut off, as by a broken download."""
     whole = drawn(tmp_path, dict(options=(*ONE_KEY_FRAME['options'], '-movflags', '+faststart')))
-    reasons = cut(tmp_path, {f'cut_off__0{second}': (whole[:len(whole) * 9 // 10], second) for second in (2, 5, 7)})
-    assert reasons == {'cut_off__07': reasons['cut_off__07']} and reasons['cut_off__07'].startswith(('damaged', 'source too'))
+    reasons = cut(
+        tmp_path,
+        {f'cut_off__0{second}': (whole[: len(whole) * 9 // 10], second) for second in (2, 5, 7)},
+    )
+    assert reasons == {'cut_off__07': reasons['cut_off__07']} and reasons['cut_off__07'].startswith(
+        ('damaged', 'source too')
+    )
     assert numbers(tmp_path, 'cut_off__05_000003_000007') == list(range(90, 210))
 
 
 @pytest.mark.parametrize('suffix', ['mp4', 'mkv'])
 def test_missing_pictures_are_told(tmp_path, suffix):
-    """Pictures from second 2 to 7 are gone, the file is whole: a clip whose frames would be more than 0.75 s off."""
-    hole = dict(options=('-vf', 'select=not(between(t\\,2\\,7))', '-fps_mode', 'vfr'), suffix=suffix)
-    short = dict(options=('-vf', 'select=not(between(t\\,4\\,5.3))', '-fps_mode', 'vfr'), suffix=suffix)
+    """Pictures from second 2 to 7 are gone, the file is whole: a clip whose frames would be more
+    than 0.75 s off.
+    """
+    hole = dict(
+        options=('-vf', 'select=not(between(t\\,2\\,7))', '-fps_mode', 'vfr'), suffix=suffix
+    )
+    short = dict(
+        options=('-vf', 'select=not(between(t\\,4\\,5.3))', '-fps_mode', 'vfr'), suffix=suffix
+    )
     sources = {f'hole______{second}': (drawn(tmp_path, hole), second) for second in (1, 2, 4, 7, 9)}
     reasons = cut(tmp_path, sources | {'short______': (drawn(tmp_path, short), 5)}, suffix)
-    assert reasons == dict.fromkeys(['hole______1', 'hole______2', 'hole______4', 'hole______7'],
-                                    'damaged video: no picture between 2.0 and 7.0 s')
+    assert reasons == dict.fromkeys(
+        ['hole______1', 'hole______2', 'hole______4', 'hole______7'],
+        'damaged video: no picture between 2.0 and 7.0 s',
+    )
     shown = numbers(tmp_path, 'short_______000003_000007')
     assert all(abs(number - due) <= 22 for due, number in enumerate(shown, 90))
 
 
 def test_missing_pictures_at_the_start_are_told(tmp_path):
     late = dict(lead=3.0, seconds=7)  # the sound begins three seconds before the pictures
-    reasons = cut(tmp_path, {f'late______{second}': (drawn(tmp_path, late), second) for second in (1, 6)})
+    reasons = cut(
+        tmp_path, {f'late______{second}': (drawn(tmp_path, late), second) for second in (1, 6)}
+    )
     assert reasons == {'late______1': 'damaged video: no picture between 0.0 and 3.0 s'}
 
 
@@ -112,10 +146,16 @@ def test_another_copy_takes_the_place_of_a_damaged_one(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / 'a/aaaaaaaaaaa_000000_000010.mp4').write_bytes(zeroed(whole, 0.3, 3000))
     (tmp_path / 'b/aaaaaaaaaaa_000000_000010.mp4').write_bytes(whole)
-    (tmp_path / 'list.txt').write_text('a/aaaaaaaaaaa_000000_000010.mp4\nb/aaaaaaaaaaa_000000_000010.mp4\n')
+    (tmp_path / 'list.txt').write_text(
+        'a/aaaaaaaaaaa_000000_000010.mp4\nb/aaaaaaaaaaa_000000_000010.mp4\n'
+    )
     (tmp_path / 'notes/kinetics_train_v1.0.csv').write_text(annotation_rows('aaaaaaaaaaa', 7))
-    run('cut_kinetics.py', f'--avakinetics_anotation={tmp_path}/notes', f'--kinetics_list={tmp_path}/list.txt',
-        f'--avakinetics_root={tmp_path}/root')
+    run(
+        'cut_kinetics.py',
+        f'--avakinetics_anotation={tmp_path}/notes',
+        f'--kinetics_list={tmp_path}/list.txt',
+        f'--avakinetics_root={tmp_path}/root',
+    )
     assert numbers(tmp_path, 'aaaaaaaaaaa_000005_000009') == list(range(150, 270))
     assert len(read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')) == 1
 
@@ -123,10 +163,32 @@ def test_another_copy_takes_the_place_of_a_damaged_one(tmp_path):
 @pytest.mark.parametrize('codec', ['libx264', 'libx265'])
 def test_undamaged_videos_that_a_tool_cut_out_of_open_groups_are_kept(tmp_path, codec):
     """Their first pictures refer to others that are not there, about which ffmpeg complains."""
-    options = ('-c:v', codec, '-preset', 'veryfast', f'-{codec[3:]}-params', 'open-gop=1:keyint=40:bframes=5:log-level=none')
+    options = (
+        '-c:v',
+        codec,
+        '-preset',
+        'veryfast',
+        f'-{codec[3:]}-params',
+        'open-gop=1:keyint=40:bframes=5:log-level=none',
+    )
     numbered_source(tmp_path / 'long.mp4', dict(seconds=20, options=options))
-    subprocess.run([draw.FFMPEG, '-v', 'error', '-ss', '5', '-i', tmp_path / 'long.mp4', '-t', '10', '-c', 'copy',
-                    tmp_path / 'open.mp4'], check=True)
+    subprocess.run(
+        [
+            draw.FFMPEG,
+            '-v',
+            'error',
+            '-ss',
+            '5',
+            '-i',
+            tmp_path / 'long.mp4',
+            '-t',
+            '10',
+            '-c',
+            'copy',
+            tmp_path / 'open.mp4',
+        ],
+        check=True,
+    )
     content = (tmp_path / 'open.mp4').read_bytes()
     assert not cut(tmp_path, {f'open______{second}': (content, second) for second in (1, 5, 8)})
 
@@ -134,34 +196,61 @@ def test_undamaged_videos_that_a_tool_cut_out_of_open_groups_are_kept(tmp_path, 
 @pytest.mark.parametrize('change,lost', [('tags', False), ('size', True)])
 def test_pictures_that_change_in_the_middle(tmp_path, change, lost):
     """Other colour tags change no frame's time; another size is told."""
-    second = dict(tags=dict(options=('-colorspace', 'bt709', '-color_primaries', 'bt709', '-color_trc', 'bt709')),
-                  size=dict(size=(240, 180)))[change]
+    second = dict(
+        tags=dict(
+            options=('-colorspace', 'bt709', '-color_primaries', 'bt709', '-color_trc', 'bt709')
+        ),
+        size=dict(size=(240, 180)),
+    )[change]
     numbered_source(tmp_path / '1.ts', dict(seconds=5, fps=25, suffix='ts'))
     numbered_source(tmp_path / '2.ts', dict(second, seconds=5, fps=25, suffix='ts', first=125))
     (tmp_path / 'parts.txt').write_text("file '1.ts'\nfile '2.ts'\n")
-    subprocess.run([draw.FFMPEG, '-v', 'error', '-f', 'concat', '-i', tmp_path / 'parts.txt', '-c', 'copy', tmp_path / 'c.mp4'],
-                   check=True)
+    subprocess.run(
+        [
+            draw.FFMPEG,
+            '-v',
+            'error',
+            '-f',
+            'concat',
+            '-i',
+            tmp_path / 'parts.txt',
+            '-c',
+            'copy',
+            tmp_path / 'c.mp4',
+        ],
+        check=True,
+    )
     reasons = cut(tmp_path, {'changes____': ((tmp_path / 'c.mp4').read_bytes(), 5)})
     if lost:
         assert reasons == {'changes____': 'damaged video: the size of its pictures changes'}
     else:
         shown = numbers(tmp_path, 'changes_____000003_000007')
-        assert not reasons and all(abs(number - due * 25 / 30) <= 0.51 for due, number in enumerate(shown, 90))
+        assert not reasons and all(
+            abs(number - due * 25 / 30) <= 0.51 for due, number in enumerate(shown, 90)
+        )
 
 
 @pytest.mark.parametrize('archive', [False, True], ids=['list', 'archive'])
 @pytest.mark.parametrize('pair', ['H.264 mp4', 'HEVC mkv', 'H.264 ts'])
-def test_no_clip_out_of_a_randomly_damaged_video_shows_a_wrong_time_unreported(tmp_path, pair, archive):
+def test_no_clip_out_of_a_randomly_damaged_video_shows_a_wrong_time_unreported(
+    tmp_path, pair, archive
+):
     """A part of benchmarks/damage.py."""
     variant, chance = damage.PAIRS[pair], random.Random(pair)
     content, sources = drawn(tmp_path, variant), {}
     kinds = ['zeros', 'noise', 'bytes', 'cut off'] + ['lost packets'] * ('ts' in pair)
     for index in range(20):
-        sources[f'damaged_{index:03d}'] = damage.damage(content, kinds[index % len(kinds)], chance), chance.randrange(1, 9)
+        sources[f'damaged_{index:03d}'] = (
+            damage.damage(content, kinds[index % len(kinds)], chance),
+            chance.randrange(1, 9),
+        )
     reasons = cut(tmp_path, sources, variant.get('suffix', 'mp4'), archive)
     assert 5 < len(reasons) < 20
     for video, (_, second) in sources.items():
         if video not in reasons:
             first = max(0, second - 2)
             shown = numbers(tmp_path, f'{video}_{first:06d}_{second + 2:06d}')
-            assert all(number < 0 or abs(number - due) <= 22 for due, number in enumerate(shown, first * 30)), video
+            assert all(
+                number < 0 or abs(number - due) <= 22
+                for due, number in enumerate(shown, first * 30)
+            ), video

@@ -1,4 +1,7 @@
-"""Step 6 with detectors of every family, by torchvision's operators: the boxes of mmdet's `inference_detector`."""
+"""Step 6 with detectors of every family, by torchvision's operators: the boxes of mmdet's
+`inference_detector`.
+"""
+
 import sys
 import types
 from datetime import datetime
@@ -10,54 +13,103 @@ import torch
 import fetch_proposal
 from helpers import REPO, TINY, load, overlap, refused, write_detector_class, write_root
 
-RESNET = """backbone=dict(_delete_=True, type='ResNet', depth=18, base_channels=16, num_stages=4, out_indices=OUT,
-                  style='pytorch', norm_cfg=dict(type='BN'))"""
+RESNET = """backbone=dict(_delete_=True, type='ResNet', depth=18, base_channels=16, num_stages=4,
+                  out_indices=OUT, style='pytorch', norm_cfg=dict(type='BN'))"""
 PIPELINE = """
 test_pipeline = [
     dict(type='LoadImageFromFile'), RESIZE
-    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
+    dict(type='PackDetInputs',
+         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 """
 KEEP_RATIO = "dict(type='Resize', scale=(320, 192), keep_ratio=True),"
 SQUEEZED = "dict(type='Resize', scale=(256, 224), keep_ratio=False),"
-LETTERBOX = KEEP_RATIO.replace('192', '320') + "dict(type='Pad', size=(320, 320), pad_val=dict(img=(114, 114, 114))),"
+LETTERBOX = (
+    KEEP_RATIO.replace('192', '320')
+    + "dict(type='Pad', size=(320, 320), pad_val=dict(img=(114, 114, 114))),"
+)
 ALL = '(0, 1, 2, 3)'
 ONE_LAYER = 'encoder=dict(num_layers=1), decoder=dict(num_layers=1)'
-TWO_STAGES = """neck=dict(in_channels=[16, 32, 64, 128], out_channels=32), rpn_head=dict(in_channels=32, feat_channels=32),
-    roi_head=dict(bbox_roi_extractor=dict(out_channels=32), bbox_head=dict(in_channels=32, fc_out_channels=64)MASK)"""
+TWO_STAGES = """neck=dict(in_channels=[16, 32, 64, 128], out_channels=32),
+    rpn_head=dict(in_channels=32, feat_channels=32),
+    roi_head=dict(bbox_roi_extractor=dict(out_channels=32),
+                  bbox_head=dict(in_channels=32, fc_out_channels=64)MASK)"""
 MASK = """, mask_roi_extractor=dict(out_channels=32),
         mask_head=dict(in_channels=32, conv_out_channels=32, num_convs=1)"""
-ONE_STAGE = 'neck=dict(in_channels=[16, 32, 64, 128], out_channels=32), bbox_head=dict(in_channels=32, feat_channels=32)'
-THIN = ("backbone=dict(deepen_factor=0.33, widen_factor=0.125, init_cfg=None), "
-        "neck=dict(in_channels=[32, 64, 128], out_channels=32, num_csp_blocks=1), "
-        "bbox_head=dict(in_channels=32, feat_channels=32)")
-# family -> mmdetection's config, what is made smaller, how frames are resized, which layer tells classes, its factor
+ONE_STAGE = (
+    'neck=dict(in_channels=[16, 32, 64, 128], out_channels=32), '
+    'bbox_head=dict(in_channels=32, feat_channels=32)'
+)
+THIN = (
+    'backbone=dict(deepen_factor=0.33, widen_factor=0.125, init_cfg=None), '
+    'neck=dict(in_channels=[32, 64, 128], out_channels=32, num_csp_blocks=1), '
+    'bbox_head=dict(in_channels=32, feat_channels=32)'
+)
+# family -> mmdetection's config, what is made smaller, how frames are resized, which layer tells
+# classes, its factor
 FAMILIES = {
-    'Faster R-CNN': ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', f'{RESNET}, {TWO_STAGES}'
-                     .replace('OUT', ALL).replace('MASK', ''), KEEP_RATIO, 'fc_cls', 25),
-    'Mask R-CNN': ('mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', f'{RESNET}, {TWO_STAGES}'
-                   .replace('OUT', ALL).replace('MASK', MASK), KEEP_RATIO, 'fc_cls', 25),
-    'RetinaNet': ('retinanet/retinanet_r50_fpn_1x_coco.py', f'{RESNET}, {ONE_STAGE}'.replace('OUT', ALL), SQUEEZED,
-                  'retina_cls', 2),
-    'FCOS': ('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', f'{RESNET}, {ONE_STAGE}'.replace('OUT', ALL), KEEP_RATIO,
-             'conv_cls', 150),
+    'Faster R-CNN': (
+        'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+        f'{RESNET}, {TWO_STAGES}'.replace('OUT', ALL).replace('MASK', ''),
+        KEEP_RATIO,
+        'fc_cls',
+        25,
+    ),
+    'Mask R-CNN': (
+        'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+        f'{RESNET}, {TWO_STAGES}'.replace('OUT', ALL).replace('MASK', MASK),
+        KEEP_RATIO,
+        'fc_cls',
+        25,
+    ),
+    'RetinaNet': (
+        'retinanet/retinanet_r50_fpn_1x_coco.py',
+        f'{RESNET}, {ONE_STAGE}'.replace('OUT', ALL),
+        SQUEEZED,
+        'retina_cls',
+        2,
+    ),
+    'FCOS': (
+        'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
+        f'{RESNET}, {ONE_STAGE}'.replace('OUT', ALL),
+        KEEP_RATIO,
+        'conv_cls',
+        150,
+    ),
     'YOLOX': ('yolox/yolox_s_8xb8-300e_coco.py', THIN, LETTERBOX, 'multi_level_conv_cls', 30),
     'RTMDet': ('rtmdet/rtmdet_s_8xb32-300e_coco.py', THIN, LETTERBOX, 'rtm_cls', 2500),
-    'DETR': ('detr/detr_r50_8xb2-150e_coco.py', f'{RESNET}, neck=dict(in_channels=[128]), {ONE_LAYER}'
-             .replace('OUT', '(3, )'), KEEP_RATIO, 'fc_cls', 12),
-    'DINO': ('dino/dino-4scale_r50_8xb2-12e_coco.py', f'{RESNET}, {ONE_LAYER}, '
-             'neck=dict(in_channels=[32, 64, 128]), num_queries=60'.replace('OUT', '(1, 2, 3)'), KEEP_RATIO, 'cls_branches', 1),
+    'DETR': (
+        'detr/detr_r50_8xb2-150e_coco.py',
+        f'{RESNET}, neck=dict(in_channels=[128]), {ONE_LAYER}'.replace('OUT', '(3, )'),
+        KEEP_RATIO,
+        'fc_cls',
+        12,
+    ),
+    'DINO': (
+        'dino/dino-4scale_r50_8xb2-12e_coco.py',
+        f'{RESNET}, {ONE_LAYER}, neck=dict(in_channels=[32, 64, 128]), num_queries=60'.replace(
+            'OUT', '(1, 2, 3)'
+        ),
+        KEEP_RATIO,
+        'cls_branches',
+        1,
+    ),
 }
 
 
 def write_detector(folder, family: str) -> list[str]:
-    """A small detector with random weights: its options. Person is its likeliest class, and scores lie well apart."""
+    """A small detector with random weights: its options.
+
+    Person is its likeliest class, and scores lie well apart.
+    """
     base, smaller, resize, classes, spread = FAMILIES[family]
-    (folder / 'config.py').write_text(f"_base_ = 'mmdet::{base}'\nmodel = dict({smaller})\n"
-                                      + PIPELINE.replace('RESIZE', resize))
+    (folder / 'config.py').write_text(
+        f"_base_ = 'mmdet::{base}'\nmodel = dict({smaller})\n" + PIPELINE.replace('RESIZE', resize)
+    )
     fetch_proposal.use_torchvision_operators()
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
+
     register_all_modules()
     torch.manual_seed(0)
     model = MODELS.build(fetch_proposal.load_config(folder / 'config.py', True).model)
@@ -65,7 +117,9 @@ def write_detector(folder, family: str) -> list[str]:
     for name, value in weights.items():
         if family == 'YOLOX' and 'stem' in name and name.endswith('conv.weight'):
             value /= 300  # it takes pictures of 0 to 255, which untrained layers make ever larger
-        if name == 'level_embed':  # of DINO: not initialised, so that it may be anything, and no box is found
+        if (
+            name == 'level_embed'
+        ):  # of DINO: not initialised, so that it may be anything, and no box is found
             value.normal_()
         if classes in name and name.endswith('weight'):
             value *= spread
@@ -78,6 +132,7 @@ def write_detector(folder, family: str) -> list[str]:
 def detected_by_mmdet(folder, root, score_thr: float) -> dict[str, np.ndarray]:
     """Boxes of a plain loop over `inference_detector`, as Step 6 writes them."""
     from mmdet.apis import inference_detector, init_detector
+
     model, found = init_detector(f'{folder}/config.py', f'{folder}/weights.pth', device='cpu'), {}
     for path in sorted(root.glob('rawframes/*/*.jpg')):
         result = inference_detector(model, str(path))
@@ -87,12 +142,16 @@ def detected_by_mmdet(folder, root, score_thr: float) -> dict[str, np.ndarray]:
         if len(people) and second != 10:
             boxes = np.clip(people.bboxes / [width, height, width, height], 0, 1)
             inside = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)  # not in the padding
-            found[f'{path.parent.name[:11]},{second:04d}'] = np.column_stack([boxes, people.scores])[inside]
+            found[f'{path.parent.name[:11]},{second:04d}'] = np.column_stack(
+                [boxes, people.scores]
+            )[inside]
     return found
 
 
 def assert_same_boxes(ours: dict, theirs: dict, score_thr: float) -> int:
-    """Every box has a counterpart within 1e-3, but those whose score is at the threshold; says how many there are."""
+    """Every box has a counterpart within 1e-3, but those whose score is at the threshold; says how
+    many there are.
+    """
     count = 0
     for key in ours.keys() | theirs.keys():
         a, b = (found.get(key, np.empty((0, 5))) for found in (ours, theirs))
@@ -110,9 +169,18 @@ def root(tmp_path_factory):
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_every_family_gives_the_boxes_of_inference_detector(root, tmp_path, family):
-    """In batches, with the model in channels-last, as it is on a GPU; without any operator compiled by mmcv."""
+    """In batches, with the model in channels-last, as it is on a GPU; without any operator compiled
+    by mmcv.
+    """
     options = write_detector(tmp_path, family)
-    fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/found.pkl', '--score_thr=0.2', *options])
+    fetch_proposal.main(
+        [
+            f'--avakinetics_root={root}',
+            f'--picklepath={tmp_path}/found.pkl',
+            '--score_thr=0.2',
+            *options,
+        ]
+    )
     found = load(tmp_path / 'found.pkl')
     assert assert_same_boxes(found, detected_by_mmdet(tmp_path, root, 0.2), 0.2) >= 10
     assert len({round(box[4], 3) for boxes in found.values() for box in boxes}) >= 5
@@ -120,7 +188,12 @@ def test_every_family_gives_the_boxes_of_inference_detector(root, tmp_path, fami
 
 def fetch_refused(root, tmp_path, *options) -> str:
     fetch_proposal.start_detector.cache_clear()
-    return refused(fetch_proposal.main, f'--avakinetics_root={root}', f'--picklepath={tmp_path}/none.pkl', *options)
+    return refused(
+        fetch_proposal.main,
+        f'--avakinetics_root={root}',
+        f'--picklepath={tmp_path}/none.pkl',
+        *options,
+    )
 
 
 def memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -134,10 +207,16 @@ def operators():
     return sys.modules['mmcv._ext']
 
 
-def test_an_operator_that_ignores_strides_ends_the_run_before_it_starts(root, tmp_path, monkeypatch):
+def test_an_operator_that_ignores_strides_ends_the_run_before_it_starts(
+    root, tmp_path, monkeypatch
+):
     module = operators()
     right = module.roi_align_forward
-    monkeypatch.setattr(module, 'roi_align_forward', lambda features, *args, **kwargs: right(memory(features), *args, **kwargs))
+    monkeypatch.setattr(
+        module,
+        'roi_align_forward',
+        lambda features, *args, **kwargs: right(memory(features), *args, **kwargs),
+    )
     message = fetch_refused(root, tmp_path, *TINY)
     assert 'RoIAlign of torch.channels_last input is wrong' in message
     # without the comparison of operators, that of people tells as well
@@ -154,17 +233,25 @@ def test_wrong_suppression_ends_the_run_before_it_starts(root, tmp_path, monkeyp
     def wrong_on_the_device(boxes, scores, **options):
         calls.append(len(boxes))
         kept = right(boxes, scores, **options)
-        return kept if calls.count(300) < 2 else kept[1:]  # the check asks twice for 300 boxes: the CPU, then the device
+        return (
+            kept if calls.count(300) < 2 else kept[1:]
+        )  # the check asks twice for 300 boxes: the CPU, then the device
+
     monkeypatch.setattr(module, 'nms', wrong_on_the_device)
     assert 'NMS is wrong' in fetch_refused(root, tmp_path, *TINY)
 
 
-def test_an_operator_that_the_device_lacks_ends_the_run_before_it_starts(root, tmp_path, monkeypatch):
+def test_an_operator_that_the_device_lacks_ends_the_run_before_it_starts(
+    root, tmp_path, monkeypatch
+):
     def missing(*args, **options):
         raise RuntimeError('nms_impl: implementation for device cuda:0 not found.\n')
+
     monkeypatch.setattr(operators(), 'nms', missing)
     message = fetch_refused(root, tmp_path, *TINY)
-    assert 'cannot run: RuntimeError: nms_impl: implementation for device cuda:0 not found' in message
+    assert (
+        'cannot run: RuntimeError: nms_impl: implementation for device cuda:0 not found' in message
+    )
 
 
 def test_other_people_on_the_device_end_the_run_before_it_starts(root, tmp_path, monkeypatch):
@@ -177,6 +264,7 @@ def test_other_people_on_the_device_end_the_run_before_it_starts(root, tmp_path,
         if len(calls) == 2:
             answers[0].pred_instances.bboxes += 30
         return answers
+
     monkeypatch.setattr(fetch_proposal, 'predict', shifted)
     for threshold in 0.7, 0.95:
         calls.clear()
@@ -187,34 +275,61 @@ def test_other_people_on_the_device_end_the_run_before_it_starts(root, tmp_path,
     fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/found.pkl', *TINY])
 
 
-@pytest.mark.parametrize('extra,operator', [
-    ("backbone=dict(depth=50, dcn=dict(type='DCNv2', deform_groups=1), stage_with_dcn=(False, True, True, True)), "
-     'neck=dict(in_channels=[64, 128, 256, 512])', 'modulated_deform_conv_forward'),
-    ("test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms')))", 'softnms')])
+@pytest.mark.parametrize(
+    'extra,operator',
+    [
+        (
+            "backbone=dict(depth=50, dcn=dict(type='DCNv2', deform_groups=1), "
+            'stage_with_dcn=(False, True, True, True)), '
+            'neck=dict(in_channels=[64, 128, 256, 512])',
+            'modulated_deform_conv_forward',
+        ),
+        ("test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms')))", 'softnms'),
+    ],
+)
 def test_a_detector_that_needs_a_built_mmcv_says_so(root, tmp_path, extra, operator):
-    (tmp_path / 'config.py').write_text(f"_base_ = '{REPO}/tests/tiny_detector.py'\nmodel = dict({extra})\n")
+    (tmp_path / 'config.py').write_text(
+        f"_base_ = '{REPO}/tests/tiny_detector.py'\nmodel = dict({extra})\n"
+    )
     fetch_proposal.use_torchvision_operators()
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
+
     register_all_modules()
     model = MODELS.build(fetch_proposal.load_config(tmp_path / 'config.py', True).model)
-    known = {} if 'dcn' in extra else torch.load(f'{REPO}/tests/tiny_detector.pth', weights_only=True)['state_dict']
+    known = (
+        {}
+        if 'dcn' in extra
+        else torch.load(f'{REPO}/tests/tiny_detector.pth', weights_only=True)['state_dict']
+    )
     torch.save({**model.state_dict(), **known}, tmp_path / 'weights.pth')
-    message = fetch_refused(root, tmp_path, f'--config={tmp_path}/config.py', f'--checkpoint={tmp_path}/weights.pth')
+    message = fetch_refused(
+        root, tmp_path, f'--config={tmp_path}/config.py', f'--checkpoint={tmp_path}/weights.pth'
+    )
     assert f"mmcv's compiled operator {operator}; install" in message
 
 
 def test_operators_of_a_built_mmcv_serve_where_torchvision_has_none(root, monkeypatch):
     """And as these take all memory for NCHW, the detector stays in that layout."""
-    monkeypatch.setitem(sys.modules, 'mmcv._ext', types.SimpleNamespace(modulated_deform_conv_forward=len))
-    monkeypatch.setattr(fetch_proposal, 'use_torchvision_operators', fetch_proposal.use_torchvision_operators.__wrapped__)
+    monkeypatch.setitem(
+        sys.modules, 'mmcv._ext', types.SimpleNamespace(modulated_deform_conv_forward=len)
+    )
+    monkeypatch.setattr(
+        fetch_proposal,
+        'use_torchvision_operators',
+        fetch_proposal.use_torchvision_operators.__wrapped__,
+    )
     assert fetch_proposal.use_torchvision_operators()
-    assert fetch_proposal.use_torchvision_operators()  # as a cluster's worker does that gets this script again
+    assert (
+        fetch_proposal.use_torchvision_operators()
+    )  # as a cluster's worker does that gets this script again
     assert sys.modules['mmcv._ext'].modulated_deform_conv_forward is len
     with pytest.raises(NotImplementedError, match='operator softnms; install'):
         sys.modules['mmcv._ext'].softnms()
     with pytest.raises(NotImplementedError, match='operator roi_align with max pooling'):
-        sys.modules['mmcv._ext'].roi_align_forward(None, None, None, None, None, 7, 7, 1, 2, 0, True)
+        sys.modules['mmcv._ext'].roi_align_forward(
+            None, None, None, None, None, 7, 7, 1, 2, 0, True
+        )
     config, checkpoint = (REPO / f'tests/tiny_detector.{suffix}' for suffix in ('py', 'pth'))
     options = fetch_proposal.Options(root, config, checkpoint, 'cpu', 0.7, False, 4, 1, ())
     for built in True, False:
@@ -227,12 +342,21 @@ def test_operators_of_a_built_mmcv_serve_where_torchvision_has_none(root, monkey
 
 def test_deformable_attention_on_a_gpu_is_pytorchs(root):
     operators()
-    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
+    from mmcv.ops.multi_scale_deform_attn import (
+        MultiScaleDeformableAttnFunction,
+        multi_scale_deformable_attn_pytorch,
+    )
+
     random = torch.Generator().manual_seed(0)
     shapes = torch.tensor([[6, 8], [3, 4]])
-    value, points = torch.rand(2, 60, 4, 8, generator=random), torch.rand(2, 5, 4, 2, 3, 2, generator=random)
+    value, points = (
+        torch.rand(2, 60, 4, 8, generator=random),
+        torch.rand(2, 5, 4, 2, 3, 2, generator=random),
+    )
     weights = torch.rand(2, 5, 4, 2, 3, generator=random)
-    found = MultiScaleDeformableAttnFunction.apply(value, shapes, torch.tensor([0, 48]), points, weights, 64)
+    found = MultiScaleDeformableAttnFunction.apply(
+        value, shapes, torch.tensor([0, 48]), points, weights, 64
+    )
     assert torch.equal(found, multi_scale_deformable_attn_pytorch(value, shapes, points, weights))
 
 
@@ -244,8 +368,9 @@ def bilinear(picture: np.ndarray, y: float, x: float) -> np.ndarray:
     y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
     top, left = int(y), int(x)
     down, right = min(top + 1, height - 1), min(left + 1, width - 1)
-    return ((1 - y + top) * ((1 - x + left) * picture[:, top, left] + (x - left) * picture[:, top, right])
-            + (y - top) * ((1 - x + left) * picture[:, down, left] + (x - left) * picture[:, down, right]))
+    return (1 - y + top) * (
+        (1 - x + left) * picture[:, top, left] + (x - left) * picture[:, top, right]
+    ) + (y - top) * ((1 - x + left) * picture[:, down, left] + (x - left) * picture[:, down, right])
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
@@ -253,45 +378,96 @@ def test_mmcvs_operators_are_what_they_are_defined_to_be(layout):
     """RoIAlign and NMS as mmcv calls them, against plain loops."""
     operators()
     from mmcv.ops import nms, roi_align
+
     random = np.random.default_rng(0)
     features = random.random((2, 3, 12, 16)).astype(np.float32)
-    rois = np.array([[index % 2, *(corner := random.random(2) * 20), *(corner + 4 + random.random(2) * 30)]
-                     for index in range(6)], np.float32)
-    found = roi_align(torch.from_numpy(features).to(memory_format=layout), torch.from_numpy(rois), (3, 2), 0.5, 2).numpy()
+    rois = np.array(
+        [
+            [index % 2, *(corner := random.random(2) * 20), *(corner + 4 + random.random(2) * 30)]
+            for index in range(6)
+        ],
+        np.float32,
+    )
+    found = roi_align(
+        torch.from_numpy(features).to(memory_format=layout), torch.from_numpy(rois), (3, 2), 0.5, 2
+    ).numpy()
     for (index, x1, y1, x2, y2), pooled in zip(rois, found):
         left, top, cell_w, cell_h = x1 / 2 - 0.5, y1 / 2 - 0.5, (x2 - x1) / 2 / 2, (y2 - y1) / 2 / 3
         for row in range(3):
             for column in range(2):
-                samples = [bilinear(features[int(index)], top + (row + dy) * cell_h, left + (column + dx) * cell_w)
-                           for dy in (0.25, 0.75) for dx in (0.25, 0.75)]
-                np.testing.assert_allclose(pooled[:, row, column], np.mean(samples, axis=0), atol=1e-5)
+                samples = [
+                    bilinear(
+                        features[int(index)],
+                        top + (row + dy) * cell_h,
+                        left + (column + dx) * cell_w,
+                    )
+                    for dy in (0.25, 0.75)
+                    for dx in (0.25, 0.75)
+                ]
+                np.testing.assert_allclose(
+                    pooled[:, row, column], np.mean(samples, axis=0), atol=1e-5
+                )
     corners = random.random((80, 2)) * 50
-    boxes, scores = np.hstack([corners, corners + 5 + random.random((80, 2)) * 40]).astype(np.float32), random.random(80)
+    boxes, scores = (
+        np.hstack([corners, corners + 5 + random.random((80, 2)) * 40]).astype(np.float32),
+        random.random(80),
+    )
     for offset in 0, 1:
         reach = boxes + np.array([0, 0, offset, offset])
         kept = []
         for candidate in scores.argsort()[::-1]:
             if not kept or overlap(reach[[candidate]], reach[kept]).max() <= 0.4:
                 kept.append(candidate)
-        assert nms(torch.from_numpy(boxes), torch.from_numpy(scores).float(), 0.4, offset)[1].tolist() == kept
+        assert (
+            nms(torch.from_numpy(boxes), torch.from_numpy(scores).float(), 0.4, offset)[1].tolist()
+            == kept
+        )
 
 
 def test_checkpoints_that_mmdet_loads(root, tmp_path):
-    """Mean and std of the pictures, averaged weights beside the used ones, names of FCOS's first version."""
+    """Mean and std of the pictures, averaged weights beside the used ones, names of FCOS's first
+    version.
+    """
     options = write_detector(tmp_path, 'FCOS')
-    fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/plain.pkl', '--score_thr=0.2', *options])
+    fetch_proposal.main(
+        [
+            f'--avakinetics_root={root}',
+            f'--picklepath={tmp_path}/plain.pkl',
+            '--score_thr=0.2',
+            *options,
+        ]
+    )
     weights = torch.load(tmp_path / 'weights.pth', weights_only=True)['state_dict']
     old = {name.replace('head.conv_', 'head.fcos_'): value for name, value in weights.items()}
-    old |= {'data_preprocessor.mean': torch.zeros(3, 1, 1), 'data_preprocessor.std': torch.ones(3, 1, 1),
-            'ema_backbone_conv1_weight': torch.zeros(1)}
-    assert {'bbox_head.fcos_cls.weight', 'bbox_head.fcos_reg.bias', 'bbox_head.fcos_centerness.weight'} <= old.keys()
-    torch.save(dict(state_dict={'module.' + name: value for name, value in old.items()}), tmp_path / 'old.pth')
-    fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/old.pkl', '--score_thr=0.2', options[0],
-                         f'--checkpoint={tmp_path}/old.pth'])
+    old |= {
+        'data_preprocessor.mean': torch.zeros(3, 1, 1),
+        'data_preprocessor.std': torch.ones(3, 1, 1),
+        'ema_backbone_conv1_weight': torch.zeros(1),
+    }
+    assert {
+        'bbox_head.fcos_cls.weight',
+        'bbox_head.fcos_reg.bias',
+        'bbox_head.fcos_centerness.weight',
+    } <= old.keys()
+    torch.save(
+        dict(state_dict={'module.' + name: value for name, value in old.items()}),
+        tmp_path / 'old.pth',
+    )
+    fetch_proposal.main(
+        [
+            f'--avakinetics_root={root}',
+            f'--picklepath={tmp_path}/old.pkl',
+            '--score_thr=0.2',
+            options[0],
+            f'--checkpoint={tmp_path}/old.pth',
+        ]
+    )
     assert (tmp_path / 'old.pkl').read_bytes() == (tmp_path / 'plain.pkl').read_bytes()
-    for change, first in (({'bbox_head.conv_cls.weight': None}, 'bbox_head.conv_cls.weight'),
-                          ({'backbone.layer9.conv.weight': torch.zeros(1)}, 'backbone.layer9.conv.weight'),
-                          ({'backbone.conv1.weight': torch.zeros(7, 3, 7, 7)}, 'backbone.conv1.weight')):
+    for change, first in (
+        ({'bbox_head.conv_cls.weight': None}, 'bbox_head.conv_cls.weight'),
+        ({'backbone.layer9.conv.weight': torch.zeros(1)}, 'backbone.layer9.conv.weight'),
+        ({'backbone.conv1.weight': torch.zeros(7, 3, 7, 7)}, 'backbone.conv1.weight'),
+    ):
         other = {name: value for name, value in {**weights, **change}.items() if value is not None}
         torch.save(other, tmp_path / 'other.pth')
         message = fetch_refused(root, tmp_path, options[0], f'--checkpoint={tmp_path}/other.pth')
@@ -307,18 +483,30 @@ class Evil:
 
 
 def test_a_training_checkpoint_is_read(root, tmp_path):
-    """What mmengine's Runner writes while it trains holds objects beside the weights: none of them comes to life."""
+    """What mmengine's Runner writes while it trains holds objects beside the weights: none of them
+    comes to life.
+    """
     from mmengine.logging import MessageHub
+
     hub = MessageHub('training')
     hub.update_scalar('train/loss', 0.5)
     weights = torch.load(f'{REPO}/tests/tiny_detector.pth', weights_only=True)
     hub.update_info('best', dict(score=np.float64(0.4), time=datetime.now()))
     everything = {**weights, 'message_hub': hub.state_dict(), 'evil': Evil(tmp_path / 'pwned')}
     fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/b.pkl', *TINY])
-    for name, zipped in ('epoch_1', True), ('published', False):  # mmdet's publish_model.py writes PyTorch's old format
+    for name, zipped in (
+        ('epoch_1', True),
+        ('published', False),
+    ):  # mmdet's publish_model.py writes PyTorch's old format
         torch.save(everything, tmp_path / f'{name}.pth', _use_new_zipfile_serialization=zipped)
-        fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/{name}.pkl', TINY[0],
-                             f'--checkpoint={tmp_path}/{name}.pth'])
+        fetch_proposal.main(
+            [
+                f'--avakinetics_root={root}',
+                f'--picklepath={tmp_path}/{name}.pkl',
+                TINY[0],
+                f'--checkpoint={tmp_path}/{name}.pth',
+            ]
+        )
         assert (tmp_path / f'{name}.pkl').read_bytes() == (tmp_path / 'b.pkl').read_bytes()
     assert not (tmp_path / 'pwned').exists()
 
@@ -328,8 +516,10 @@ def test_test_time_augmentation_is_refused(root, tmp_path):
 test_dataloader = dict(dataset=dict(pipeline=[
     dict(type='LoadImageFromFile'),
     dict(type='TestTimeAug', transforms=[
-        [dict(type='Resize', scale=(432, 256), keep_ratio=True), dict(type='Resize', scale=(864, 512), keep_ratio=True)],
-        [dict(type='PackDetInputs', meta_keys=('img_id', 'ori_shape', 'img_shape', 'scale_factor'))]])]))
+        [dict(type='Resize', scale=(432, 256), keep_ratio=True),
+         dict(type='Resize', scale=(864, 512), keep_ratio=True)],
+        [dict(type='PackDetInputs',
+              meta_keys=('img_id', 'ori_shape', 'img_shape', 'scale_factor'))]])]))
 """)
     message = fetch_refused(root, tmp_path, f'--config={tmp_path}/config.py', TINY[1])
     assert 'several pictures of a frame (test-time augmentation)' in message
@@ -337,55 +527,104 @@ test_dataloader = dict(dataset=dict(pipeline=[
 
 def test_a_config_without_test_cfg(root, tmp_path, monkeypatch):
     """DETR's has none; for others it may be given to the heads."""
-    config = write_detector_class(tmp_path, 'DetectorWithoutTestCfg', """
+    config = write_detector_class(
+        tmp_path,
+        'DetectorWithoutTestCfg',
+        """
     def __init__(self, test_cfg=None, **options):
         from mmengine.config import ConfigDict
-        rpn = dict(nms_pre=300, max_per_img=100, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0)
+        rpn = dict(nms_pre=300, max_per_img=100, min_bbox_size=0,
+                   nms=dict(type='nms', iou_threshold=0.7))
         rcnn = dict(score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
         super().__init__(test_cfg=ConfigDict(rpn=rpn, rcnn=rcnn), **options)
-""", ', test_cfg=None')
+""",
+        ', test_cfg=None',
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/a.pkl', TINY[1], f'--config={config}'])
+    fetch_proposal.main(
+        [
+            f'--avakinetics_root={root}',
+            f'--picklepath={tmp_path}/a.pkl',
+            TINY[1],
+            f'--config={config}',
+        ]
+    )
     fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/b.pkl', *TINY])
     assert (tmp_path / 'a.pkl').read_bytes() == (tmp_path / 'b.pkl').read_bytes()
 
 
 def test_a_detector_that_works_in_nchw_only(root, tmp_path, monkeypatch):
-    """CornerNet is one; this one's views fail for two frames and more in channels-last layout, but not for one."""
-    config = write_detector_class(tmp_path, 'DetectorWithViews', """
+    """CornerNet is one; this one's views fail for two frames and more in channels-last layout, but
+    not for one.
+    """
+    config = write_detector_class(
+        tmp_path,
+        'DetectorWithViews',
+        """
     def extract_feat(self, inputs):
         features = super().extract_feat(inputs)
-        return tuple(feature.view(-1, *feature.shape[2:]).view(feature.shape) for feature in features)
-""")
+        return tuple(feature.view(-1, *feature.shape[2:]).view(feature.shape)
+                     for feature in features)
+""",
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/a.pkl', TINY[1], f'--config={config}'])
+    fetch_proposal.main(
+        [
+            f'--avakinetics_root={root}',
+            f'--picklepath={tmp_path}/a.pkl',
+            TINY[1],
+            f'--config={config}',
+        ]
+    )
     fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/b.pkl', *TINY])
     assert assert_same_boxes(load(tmp_path / 'a.pkl'), load(tmp_path / 'b.pkl'), 0.7) >= 20
 
 
 def test_mixed_precision_moves_boxes_a_little(root, tmp_path):
     for name, options in ('full', ()), ('half', ('--amp',)):
-        fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/{name}.pkl', *TINY, *options])
+        fetch_proposal.main(
+            [f'--avakinetics_root={root}', f'--picklepath={tmp_path}/{name}.pkl', *TINY, *options]
+        )
     full, half = load(tmp_path / 'full.pkl'), load(tmp_path / 'half.pkl')
     assert full.keys() == half.keys()
-    shifts = [abs(full[key][full[key][:, 0].argsort()] - half[key][half[key][:, 0].argsort()]).max() for key in full]
+    shifts = [
+        abs(full[key][full[key][:, 0].argsort()] - half[key][half[key][:, 0].argsort()]).max()
+        for key in full
+    ]
     assert 1e-5 < max(shifts) < 0.02
 
 
 def test_frames_as_a_gpu_takes_them(root, monkeypatch):
-    """`cpu:0` is a device other than `cpu`: batches are always full, the last ones too, and boxes are the same."""
+    """`cpu:0` is a device other than `cpu`: batches are always full, the last ones too, and boxes
+    are the same.
+    """
     sizes, predict = [], fetch_proposal.predict
 
     def noted(model, batch, device, amp):
         sizes.append((device, len(batch)))
         return predict(model, batch, device, amp)
+
     monkeypatch.setattr(fetch_proposal, 'predict', noted)
-    frames = fetch_proposal.plan_frames([(f'scene-{scene:05d}_000010_000014', 12) for scene in range(4)], 1)
+    frames = fetch_proposal.plan_frames(
+        [(f'scene-{scene:05d}_000010_000014', 12) for scene in range(4)], 1
+    )
     config, checkpoint = (REPO / f'tests/tiny_detector.{suffix}' for suffix in ('py', 'pth'))
     found = {}
     for device in 'cpu', 'cpu:0':
-        options = fetch_proposal.Options(root, config, checkpoint, device, 0.7, False, 8, 2, tuple(frames[:8]))
+        options = fetch_proposal.Options(
+            root, config, checkpoint, device, 0.7, False, 8, 2, tuple(frames[:8])
+        )
         found[device] = dict(fetch_proposal.detect(frames, options))
-    # the pictures of two and two sizes are padded to one: six of each; the first passes are those of the check
-    assert sizes == [('cpu', 1), ('cpu', 2), ('cpu', 6), ('cpu', 6), ('cpu', 1), ('cpu:0', 2), ('cpu:0', 8), ('cpu:0', 8)]
+    # the pictures of two and two sizes are padded to one: six of each; the first passes are those
+    # of the check
+    assert sizes == [
+        ('cpu', 1),
+        ('cpu', 2),
+        ('cpu', 6),
+        ('cpu', 6),
+        ('cpu', 1),
+        ('cpu:0', 2),
+        ('cpu:0', 8),
+        ('cpu:0', 8),
+    ]
     assert assert_same_boxes(found['cpu'], found['cpu:0'], 0.7) >= 20

@@ -1,4 +1,5 @@
 """Step 4: as many frames as the name says, each the clip's own, at no lower quality than -q:v 2."""
+
 import subprocess
 
 import cv2
@@ -31,8 +32,12 @@ def test_frames_are_the_clips(root):
     assert '2 of 2 clips' in done.stdout and '2 extracted now' in done.stdout
     for clip in '-a_b-c_d-e__000010_000012', 'Zz_00-AbCdE_000000_000002':
         frames = root / 'rawframes' / clip
-        assert sorted(path.name for path in frames.iterdir()) == [f'img_{n:05d}.jpg' for n in range(1, 61)]
-        assert [draw.read_stamp(cv2.imread(str(frames / f'img_{n:05d}.jpg'))) for n in range(1, 61)] == list(range(60))
+        assert sorted(path.name for path in frames.iterdir()) == [
+            f'img_{n:05d}.jpg' for n in range(1, 61)
+        ]
+        assert [
+            draw.read_stamp(cv2.imread(str(frames / f'img_{n:05d}.jpg'))) for n in range(1, 61)
+        ] == list(range(60))
     assert read_csv(root / 'reports/extract_rgb_frames.csv') == [['clip', 'reason']]
 
 
@@ -42,20 +47,36 @@ def test_quality_is_that_of_q2(root, tmp_path):
     clip = root / 'videos/QqQqQqQqQqQ_000000_000001.mp4'
     draw.encode(clip, frames, 30, (320, 240), options=['-crf', '10'])
     run('extract_rgb_frames.py', f'--avakinetics_root={root}')
-    subprocess.run([draw.FFMPEG, '-v', 'error', '-i', str(clip), '-q:v', '2', str(tmp_path / '%05d.jpg')], check=True)
-    psnr = [[cv2.PSNR(source.asnumpy()[..., ::-1], cv2.imread(str(folder / name.format(n))))
-             for n, source in enumerate(decord.VideoReader(str(clip)), 1)]
-            for folder, name in ((root / 'rawframes' / clip.stem, 'img_{:05d}.jpg'), (tmp_path, '{:05d}.jpg'))]
+    subprocess.run(
+        [draw.FFMPEG, '-v', 'error', '-i', str(clip), '-q:v', '2', str(tmp_path / '%05d.jpg')],
+        check=True,
+    )
+    psnr = [
+        [
+            cv2.PSNR(source.asnumpy()[..., ::-1], cv2.imread(str(folder / name.format(n))))
+            for n, source in enumerate(decord.VideoReader(str(clip)), 1)
+        ]
+        for folder, name in (
+            (root / 'rawframes' / clip.stem, 'img_{:05d}.jpg'),
+            (tmp_path, '{:05d}.jpg'),
+        )
+    ]
     assert np.mean(psnr[0]) >= np.mean(psnr[1]) - 0.05, np.mean(psnr, 1)
 
 
 def test_second_run_changes_nothing_and_incomplete_folders_are_redone(root):
     run('extract_rgb_frames.py', f'--avakinetics_root={root}')
     before = snapshot(root)
-    assert '0 extracted now, 2 there already' in run('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout
+    assert (
+        '0 extracted now, 2 there already'
+        in run('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout
+    )
     assert snapshot(root) == before
     (root / 'rawframes/-a_b-c_d-e__000010_000012/img_00031.jpg').unlink()
-    assert '1 extracted now, 1 there already' in run('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout
+    assert (
+        '1 extracted now, 1 there already'
+        in run('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout
+    )
     assert snapshot(root) == before
     (root / 'rawframes/-a_b-c_d-e__000010_000012/img_00031.jpg').write_bytes(b'spoilt')
     run('extract_rgb_frames.py', f'--avakinetics_root={root}', '--overwrite')
@@ -69,18 +90,27 @@ def test_bad_clips_cost_themselves_only(root):
     done = run('extract_rgb_frames.py', f'--avakinetics_root={root}')
     assert '2 of 4 clips' in done.stdout
     rows = dict(read_csv(root / 'reports/extract_rgb_frames.csv'))
-    assert rows['SHORT-SHORT_000000_000003'] == 'wrong number of frames: 60 instead of 90; cut it again, Step 3'
+    assert (
+        rows['SHORT-SHORT_000000_000003']
+        == 'wrong number of frames: 60 instead of 90; cut it again, Step 3'
+    )
     assert rows['EMPTY-EMPTY_000000_000002'].startswith('unreadable clip: ')
     assert rows['notes.txt'].startswith('not a clip')
     assert len(list((root / 'rawframes').iterdir())) == 2
 
 
 def test_errors_say_what_to_do(tmp_path):
-    assert 'do Step 3' in errors(run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/none', code=1))
+    assert 'do Step 3' in errors(
+        run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/none', code=1)
+    )
     (tmp_path / 'bare/videos').mkdir(parents=True)
-    assert 'do Step 3' in errors(run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1))
+    assert 'do Step 3' in errors(
+        run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1)
+    )
     (tmp_path / 'bare/videos/EMPTY-EMPTY_000000_000002.mp4').touch()
-    assert 'not one clip' in errors(run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1))
+    assert 'not one clip' in errors(
+        run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1)
+    )
 
 
 def test_finished_clips_are_looked_through_in_chunks(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,5 @@
 """Step 6: real detections of a real detector, equal to what mmdet gives frame by frame."""
+
 import functools
 import http.server
 import itertools
@@ -26,10 +27,24 @@ from mmengine.structures import InstanceData
 import draw
 import fetch_proposal
 import softlink_ava
-from helpers import (FRAME_SIZES, REPO, TINY, assert_same_people, errors, load, overlap, read_csv, refused, run, snapshot,
-                     write_detector_class, write_root)
+from helpers import (
+    FRAME_SIZES,
+    REPO,
+    TINY,
+    assert_same_people,
+    errors,
+    load,
+    overlap,
+    read_csv,
+    refused,
+    run,
+    snapshot,
+    write_detector_class,
+    write_root,
+)
 
 FRAMES = 'kinetics_proposal.pkl.frames.jsonl'
+
 
 def fetch(root, *options, **kwargs):
     return run('fetch_proposal.py', f'--avakinetics_root={root}', *TINY, *options, **kwargs)
@@ -52,13 +67,23 @@ def small(tmp_path_factory):
 def test_keys_are_the_keyframes_and_their_neighbours(fetched):
     root, done = fetched
     proposals = load(root / 'kinetics_proposal.pkl')
-    assert proposals.keys() == {f'scene-{scene:05d},{second:04d}' for scene in range(70) for second in (11, 12, 13)}
-    assert '210 of 210 frames' in done.stdout and '0 of 70 annotated keyframes have no proposal' in done.stdout
+    assert proposals.keys() == {
+        f'scene-{scene:05d},{second:04d}' for scene in range(70) for second in (11, 12, 13)
+    }
+    assert (
+        '210 of 210 frames' in done.stdout
+        and '0 of 70 annotated keyframes have no proposal' in done.stdout
+    )
     for boxes in proposals.values():
         assert boxes.dtype == np.float64 and boxes.shape[1] == 5
         assert boxes.min() >= 0 and boxes.max() <= 1 and (boxes[:, 4] > 0.7).all()
-    data, digest = (root / 'kinetics_proposal.pkl').read_bytes(), sha256((root / 'kinetics_train.csv').read_bytes())
-    assert b'numpy._core' not in data and data.endswith(f'\nmade of {digest.hexdigest()}\n'.encode())
+    data, digest = (
+        (root / 'kinetics_proposal.pkl').read_bytes(),
+        sha256((root / 'kinetics_train.csv').read_bytes()),
+    )
+    assert b'numpy._core' not in data and data.endswith(
+        f'\nmade of {digest.hexdigest()}\n'.encode()
+    )
 
 
 def test_neighbours_outside_the_clip_are_left_out(tmp_path):
@@ -79,7 +104,9 @@ def test_the_drawn_people_are_found(fetched):
 
 
 def brute_force_recall(rows: list[str], proposals: dict, least: float) -> tuple[int, int]:
-    """How many annotated boxes some proposal of their keyframe meets, and how many there are, pair by pair."""
+    """How many annotated boxes some proposal of their keyframe meets, and how many there are, pair
+    by pair.
+    """
     boxes, met = {tuple(row.split(',')[:6]) for row in rows}, 0
     for clip, second, *corners in boxes:
         x1, y1, x2, y2 = map(float, corners)
@@ -92,12 +119,16 @@ def brute_force_recall(rows: list[str], proposals: dict, least: float) -> tuple[
 
 
 def test_recall_is_that_of_a_loop_over_pairs(fetched):
-    """On detections of the tiny detector, a third of which are moved until they meet their people no more, or less well."""
+    """On detections of the tiny detector, a third of which are moved until they meet their people
+    no more, or less well.
+    """
     root, done = fetched
     rows = (root / 'kinetics_train.csv').read_text().splitlines()
     whole = load(root / 'kinetics_proposal.pkl')
-    moved = {key: boxes + [(0, 0.03, 0.5)[index // 3 % 3], 0, (0, 0.03, 0.5)[index // 3 % 3], 0, 0]
-             for index, (key, boxes) in enumerate(sorted(whole.items()))}
+    moved = {
+        key: boxes + [(0, 0.03, 0.5)[index // 3 % 3], 0, (0, 0.03, 0.5)[index // 3 % 3], 0, 0]
+        for index, (key, boxes) in enumerate(sorted(whole.items()))
+    }
     table, _ = fetch_proposal.read_datalist(root / 'kinetics_train.csv')
     boxes = table[['clip', 'second', 'x1', 'y1', 'x2', 'y2']].drop_duplicates(ignore_index=True)
     shares = set()
@@ -108,10 +139,16 @@ def test_recall_is_that_of_a_loop_over_pairs(fetched):
             shares.add(round((best >= least).mean(), 2))
     assert len(shares) >= 4
     met, count = brute_force_recall(rows, whole, 0.5)
-    assert f'recall: proposals meet {met / count:.1%} of {count} annotated boxes at IoU 0.5' in done.stdout
+    assert (
+        f'recall: proposals meet {met / count:.1%} of {count} annotated boxes at IoU 0.5'
+        in done.stdout
+    )
     listed = read_csv(root / 'reports/recall_train.csv')
     assert listed[0] == ['clip', 'second', 'boxes', 'met', 'worst_iou']
-    assert count - met == sum(int(row[2]) - int(row[3]) for row in listed[1:]) and 'far below' not in done.stdout
+    assert (
+        count - met == sum(int(row[2]) - int(row[3]) for row in listed[1:])
+        and 'far below' not in done.stdout
+    )
 
 
 def test_a_recall_far_too_low_is_told(small, tmp_path):
@@ -119,28 +156,41 @@ def test_a_recall_far_too_low_is_told(small, tmp_path):
     root = tmp_path / 'root'
     shutil.copytree(small, root)
     rows = (root / 'kinetics_train.csv').read_text()
-    (root / 'kinetics_train.csv').write_text(re.sub(r',12,[^,]+,[^,]+,[^,]+,[^,]+,', ',12,0.01,0.01,0.05,0.05,', rows))
+    (root / 'kinetics_train.csv').write_text(
+        re.sub(r',12,[^,]+,[^,]+,[^,]+,[^,]+,', ',12,0.01,0.01,0.05,0.05,', rows)
+    )
     done = fetch(root)
-    assert 'proposals meet 0.0% of 8 annotated boxes' in done.stdout and 'far below the 90 %' in done.stdout
+    assert (
+        'proposals meet 0.0% of 8 annotated boxes' in done.stdout
+        and 'far below the 90 %' in done.stdout
+    )
 
 
 @pytest.fixture(scope='module')
 def tiny():
     fetch_proposal.use_torchvision_operators()
     from mmdet.apis import init_detector
-    return init_detector(f'{REPO}/tests/tiny_detector.py', f'{REPO}/tests/tiny_detector.pth', device='cpu')
+
+    return init_detector(
+        f'{REPO}/tests/tiny_detector.py', f'{REPO}/tests/tiny_detector.pth', device='cpu'
+    )
 
 
 def test_boxes_are_those_of_inference_detector(fetched, tiny):
     from mmdet.apis import inference_detector
+
     root, proposals = fetched[0], load(fetched[0] / 'kinetics_proposal.pkl')
     for scene, second in itertools.product(range(70), (1, 2, 3)):
         path = root / f'rawframes/scene-{scene:05d}_000010_000014/img_{second * 30 + 1:05d}.jpg'
         result = inference_detector(tiny, str(path)).pred_instances.numpy()
         chosen = (result.labels == 0) & (result.scores > 0.7)
         width, height = FRAME_SIZES[scene % 4]
-        expected = np.hstack([np.clip(result.bboxes[chosen] / [width, height, width, height], 0, 1),
-                              result.scores[chosen, None]])
+        expected = np.hstack(
+            [
+                np.clip(result.bboxes[chosen] / [width, height, width, height], 0, 1),
+                result.scores[chosen, None],
+            ]
+        )
         found = proposals[f'scene-{scene:05d},00{10 + second}']
         assert_same_people(found, expected)
 
@@ -156,13 +206,20 @@ def test_second_run_changes_nothing(small, tmp_path):
 
 
 def test_what_a_kill_or_a_disk_has_spoilt_is_detected_again(small, tmp_path):
-    """Of the file of detections the first half is whole: its frames are kept, and nothing else is believed."""
+    """Of the file of detections the first half is whole: its frames are kept, and nothing else is
+    believed.
+    """
     root = tmp_path / 'root'
     shutil.copytree(small, root)
     lines = (root / FRAMES).read_text().splitlines(keepends=True)
     assert len(lines) == 25  # the detector and 24 frames
     expected = load(root / 'kinetics_proposal.pkl')
-    for spoilt in lines[13][:40], '\0' * 100 + '\n' + lines[14], '[1, 2]\n' + lines[14], '{"key": 3}\n' + lines[14]:
+    for spoilt in (
+        lines[13][:40],
+        '\0' * 100 + '\n' + lines[14],
+        '[1, 2]\n' + lines[14],
+        '{"key": 3}\n' + lines[14],
+    ):
         (root / FRAMES).write_text(''.join(lines[:13]) + spoilt)
         assert '12 frames detected now, 12 before' in fetch(root).stdout
         for key, boxes in load(root / 'kinetics_proposal.pkl').items():
@@ -176,11 +233,20 @@ def test_detectors_do_not_mix(small, tmp_path):
     shutil.copytree(small, root)
     before = (root / 'kinetics_proposal.pkl').read_bytes()
     other = torch.load(f'{REPO}/tests/tiny_detector.pth', weights_only=True)
-    other['state_dict'] = {'module.' + name: value * (0 if 'fc_cls' in name else 1)  # saved by data parallel training
-                           for name, value in other['state_dict'].items()}
+    other['state_dict'] = {
+        'module.' + name: value * (0 if 'fc_cls' in name else 1)  # saved by data parallel training
+        for name, value in other['state_dict'].items()
+    }
     torch.save(other, tmp_path / 'blind.pth')
-    done = run('fetch_proposal.py', f'--avakinetics_root={root}', TINY[0], f'--checkpoint={tmp_path}/blind.pth')
-    assert '0 people on 0 of 24 frames' in done.stdout and '8 of 8 annotated keyframes' in done.stdout
+    done = run(
+        'fetch_proposal.py',
+        f'--avakinetics_root={root}',
+        TINY[0],
+        f'--checkpoint={tmp_path}/blind.pth',
+    )
+    assert (
+        '0 people on 0 of 24 frames' in done.stdout and '8 of 8 annotated keyframes' in done.stdout
+    )
     assert load(root / 'kinetics_proposal.pkl') == {}
     assert 'nothing to do' in fetch(root).stdout
     assert (root / 'kinetics_proposal.pkl').read_bytes() == before
@@ -194,7 +260,9 @@ def test_only_what_is_new_is_detected(tmp_path):
     """Neighbours, a longer list, a shorter one, changed frames."""
     root = write_root(tmp_path, range(3))
     table = (root / 'kinetics_train.csv').read_text()
-    (root / 'kinetics_train.csv').write_text(''.join(line for line in table.splitlines(True) if 'scene-00002' not in line))
+    (root / 'kinetics_train.csv').write_text(
+        ''.join(line for line in table.splitlines(True) if 'scene-00002' not in line)
+    )
     assert '2 frames detected now, 0 before' in fetch(root, '--neighbors=0').stdout
     assert '4 frames detected now, 2 before' in fetch(root).stdout
     (root / 'kinetics_train.csv').write_text(table)
@@ -202,7 +270,9 @@ def test_only_what_is_new_is_detected(tmp_path):
     whole = load(root / 'kinetics_proposal.pkl')
     (root / 'kinetics_train.csv').write_text(table.splitlines(True)[0])
     assert 'nothing to do' in fetch(root).stdout
-    assert load(root / 'kinetics_proposal.pkl').keys() == {f'scene-00000,00{second}' for second in (11, 12, 13)}
+    assert load(root / 'kinetics_proposal.pkl').keys() == {
+        f'scene-00000,00{second}' for second in (11, 12, 13)
+    }
     (root / 'kinetics_train.csv').write_text(table)
     assert 'nothing to do' in fetch(root).stdout
     assert load(root / 'kinetics_proposal.pkl').keys() == whole.keys()
@@ -210,7 +280,9 @@ def test_only_what_is_new_is_detected(tmp_path):
     shutil.copy(root / 'rawframes/scene-00002_000010_000014/img_00061.jpg', frame)
     assert '1 frames detected now, 8 before' in fetch(root).stdout
     changed = load(root / 'kinetics_proposal.pkl')
-    assert {key for key in whole if not np.array_equal(whole[key], changed[key])} == {'scene-00001,0012'}
+    assert {key for key in whole if not np.array_equal(whole[key], changed[key])} == {
+        'scene-00001,0012'
+    }
     found = overlap(changed['scene-00001,0012'][:, :4], whole['scene-00002,0012'][:, :4])
     assert found.shape[0] == found.shape[1] and (found.max(1) > 0.8).all()
 
@@ -218,12 +290,19 @@ def test_only_what_is_new_is_detected(tmp_path):
 def test_another_run_on_the_same_pickle_is_refused(small, tmp_path):
     root = tmp_path / 'root'
     shutil.copytree(small, root)
-    program = ('import fcntl, sys, time; file = open(sys.argv[1], "a"); fcntl.flock(file, fcntl.LOCK_EX); print("locked", '
-               'flush=True); time.sleep(600)')
-    other = subprocess.Popen([sys.executable, '-c', program, str(root / FRAMES)], stdout=subprocess.PIPE, text=True)
+    program = (
+        'import fcntl, sys, time; file = open(sys.argv[1], "a"); fcntl.flock(file, '
+        'fcntl.LOCK_EX); print("locked", '
+        'flush=True); time.sleep(600)'
+    )
+    other = subprocess.Popen(
+        [sys.executable, '-c', program, str(root / FRAMES)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert other.stdout.readline() == 'locked\n'
-        assert f'another run is at work on {root}/kinetics_proposal.pkl;' in errors(fetch(root, '--overwrite', code=1))
+        assert f'another run is at work on {root}/kinetics_proposal.pkl;' in errors(
+            fetch(root, '--overwrite', code=1)
+        )
     finally:
         other.kill()
     other.wait()
@@ -236,17 +315,35 @@ def test_unreadable_frames_cost_themselves_only(small, tmp_path):
     frames = root / 'rawframes'
     (frames / 'scene-00000_000010_000014/img_00061.jpg').unlink()
     whole = (frames / 'scene-00001_000010_000014/img_00061.jpg').read_bytes()
-    (frames / 'scene-00001_000010_000014/img_00061.jpg').write_bytes(whole[:len(whole) // 2])
+    (frames / 'scene-00001_000010_000014/img_00061.jpg').write_bytes(whole[: len(whole) // 2])
     (frames / 'scene-00002_000010_000014/img_00061.jpg').write_bytes(b'no picture\xff\xd9')
     lines = len(read_csv(root / 'kinetics_train.csv'))
     with open(root / 'kinetics_train.csv', 'a') as file:
-        file.write('scene-00003_000010_000014,x,0,0,1,1,12,-1\nscene-00003_000010_000014,99,0,0,1,1,12,-1\n')
+        file.write(
+            'scene-00003_000010_000014,x,0,0,1,1,12,-1\nscene-00003_000010_000014,99,0,0,1,1,12,-1\n'
+        )
     done = fetch(root, '--overwrite')
     assert read_csv(root / 'reports/fetch_proposal_train.csv')[1:] == [
-        ['scene-00000', '0012', 'unreadable frame: No such file or directory scene-00000_000010_000014/img_00061.jpg'],
-        ['scene-00001', '0012', 'unreadable frame: truncated or no JPEG scene-00001_000010_000014/img_00061.jpg'],
-        ['scene-00002', '0012', 'unreadable frame: broken JPEG scene-00002_000010_000014/img_00061.jpg'],
-        *(['', '', f'malformed row: line {lines + extra} of kinetics_train.csv'] for extra in (1, 2))]
+        [
+            'scene-00000',
+            '0012',
+            'unreadable frame: No such file or directory scene-00000_000010_000014/img_00061.jpg',
+        ],
+        [
+            'scene-00001',
+            '0012',
+            'unreadable frame: truncated or no JPEG scene-00001_000010_000014/img_00061.jpg',
+        ],
+        [
+            'scene-00002',
+            '0012',
+            'unreadable frame: broken JPEG scene-00002_000010_000014/img_00061.jpg',
+        ],
+        *(
+            ['', '', f'malformed row: line {lines + extra} of kinetics_train.csv']
+            for extra in (1, 2)
+        ),
+    ]
     assert '21 of 24 frames' in done.stdout
     expected = load(small / 'kinetics_proposal.pkl')
     for key, boxes in load(root / 'kinetics_proposal.pkl').items():
@@ -269,15 +366,21 @@ def test_unreadable_frames_cost_themselves_only(small, tmp_path):
 
 
 def test_a_failing_model_ends_the_run_with_what_was_saved(fetched, tmp_path):
-    """A head that breaks on tall pictures only: what was found before stays, the same command continues."""
+    """A head that breaks on tall pictures only: what was found before stays, the same command
+    continues.
+    """
     root = write_root(tmp_path / 'root', range(3))
-    config = write_detector_class(tmp_path, 'FailingDetector', """
+    config = write_detector_class(
+        tmp_path,
+        'FailingDetector',
+        """
     def predict(self, inputs, samples, **kwargs):
         import os
         if samples[0].ori_shape == (240, 320) and not os.path.exists('mended'):
             raise RuntimeError('CUDA error: an illegal memory access')
         return super().predict(inputs, samples, **kwargs)
-""")
+""",
+    )
     command = ['fetch_proposal.py', f'--avakinetics_root={root}', f'--config={config}', TINY[1]]
     options = dict(cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path)})
     assert 'the detector failed: on scene-00002' in errors(run(*command, code=1, **options))
@@ -291,18 +394,32 @@ def test_the_documented_config_is_mmdetections_model():
     import mmdet
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
+
     register_all_modules()
     ours = Config.fromfile(f'{REPO}/X-101-64x4d-FPN.py')
-    theirs = Config.fromfile(f'{mmdet.__path__[0]}/.mim/configs/cascade_rcnn/cascade-rcnn_x101-64x4d_fpn_1x_coco.py')
-    tensors = [{name: tuple(value.shape) for name, value in MODELS.build(config.model).state_dict().items()}
-               for config in (ours, theirs)]
+    theirs = Config.fromfile(
+        f'{mmdet.__path__[0]}/.mim/configs/cascade_rcnn/cascade-rcnn_x101-64x4d_fpn_1x_coco.py'
+    )
+    tensors = [
+        {
+            name: tuple(value.shape)
+            for name, value in MODELS.build(config.model).state_dict().items()
+        }
+        for config in (ours, theirs)
+    ]
     assert tensors[0] == tensors[1] and len(tensors[0]) == 670
     assert ours.test_dataloader.dataset.pipeline == theirs.test_dataloader.dataset.pipeline
 
 
 def test_the_tiny_detector_is_of_the_documented_kind():
-    tiny, documented = (Config.fromfile(REPO / name).model for name in ('tests/tiny_detector.py', 'X-101-64x4d-FPN.py'))
-    assert tiny.type == documented.type and len(tiny.roi_head.bbox_head) == len(documented.roi_head.bbox_head) == 3
+    tiny, documented = (
+        Config.fromfile(REPO / name).model
+        for name in ('tests/tiny_detector.py', 'X-101-64x4d-FPN.py')
+    )
+    assert (
+        tiny.type == documented.type
+        and len(tiny.roi_head.bbox_head) == len(documented.roi_head.bbox_head) == 3
+    )
     assert {head.num_classes for head in tiny.roi_head.bbox_head} == {80}
     assert (REPO / 'tests/tiny_detector.pth').stat().st_size < 4 * 2**20
 
@@ -323,7 +440,9 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
     assert 'do Step 3' in refusal(f'--datalist={fetched[0]}/kinetics_train.csv', root=tmp_path)
     (tmp_path / 'empty.csv').touch()
     assert 'holds no annotated keyframe' in refusal(f'--datalist={tmp_path}/empty.csv')
-    (tmp_path / 'kinetics-700.csv').write_text('label,youtube_id,time_start,time_end,split\nwaving,aaaaaaaaaaa,0,10,val\n')
+    (tmp_path / 'kinetics-700.csv').write_text(
+        'label,youtube_id,time_start,time_end,split\nwaving,aaaaaaaaaaa,0,10,val\n'
+    )
     assert 'holds no annotated keyframe' in refusal(f'--datalist={tmp_path}/kinetics-700.csv')
     assert 'set --config' in refusal('--config=none.py')
     (tmp_path / 'broken.py').write_text('model = dict(')
@@ -336,7 +455,13 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
     damaged = bytearray(Path(whole).read_bytes())
     for place in random.integers(0, len(damaged), 20_000):
         damaged[place] = 0
-    for content in b'', b'<title>404</title>', pickle.dumps(Evil()), bytes(damaged), Path(whole).read_bytes()[:-500]:
+    for content in (
+        b'',
+        b'<title>404</title>',
+        pickle.dumps(Evil()),
+        bytes(damaged),
+        Path(whole).read_bytes()[:-500],
+    ):
         (tmp_path / 'bad.pth').write_bytes(content)
         assert 'damaged, no checkpoint, or' in refusal(f'--checkpoint={tmp_path}/bad.pth')
     torch.save(Evil(), tmp_path / 'evil.pth')
@@ -344,7 +469,13 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
     assert not (tmp_path / 'pwned').exists()
     message = refusal(config=f'--config={REPO}/X-101-64x4d-FPN.py')
     assert 'does not fit the config' in message and 'backbone.' in message
-    for option in '--neighbors=-1', '--batch_size=0', '--score_thr=1', '--num_workers=0', '--num_gpus=-1':
+    for option in (
+        '--neighbors=-1',
+        '--batch_size=0',
+        '--score_thr=1',
+        '--num_workers=0',
+        '--num_gpus=-1',
+    ):
         assert 'must be' in refusal(option)
 
 
@@ -362,9 +493,13 @@ def test_a_checkpoint_is_downloaded_once(tmp_path, monkeypatch):
     try:
         url = f'http://127.0.0.1:{server.server_port}/'
         paths = [fetch_proposal.local_checkpoint(url + name) for name in names[:2]]
-        with pytest.raises(SystemExit, match='cannot be downloaded'):  # another file than its name says
+        with pytest.raises(
+            SystemExit, match='cannot be downloaded'
+        ):  # another file than its name says
             fetch_proposal.local_checkpoint(url + names[2])
-        assert fetch_proposal.local_checkpoint(url + 'other/x.pth').read_bytes() == b'another detector'
+        assert (
+            fetch_proposal.local_checkpoint(url + 'other/x.pth').read_bytes() == b'another detector'
+        )
     finally:
         server.shutdown()
     assert [path.read_bytes() for path in paths] == [data, data]
@@ -395,9 +530,13 @@ def test_killed_and_run_again(tmp_path):
     assert len(proposals) == 36 and (proposals[kept[0]['key']][:, 4] == 0.875).all()
 
 
-@pytest.mark.parametrize('options', [['--batch_size=4', '--num_workers=2'], ['--batch_size=32', '--num_workers=1']])
+@pytest.mark.parametrize(
+    'options', [['--batch_size=4', '--num_workers=2'], ['--batch_size=32', '--num_workers=1']]
+)
 def test_batches_give_the_same_boxes(fetched, tmp_path, options):
-    """210 frames of four sizes, in batches: boxes and scores within 2e-3 of those frame by frame, and the same set."""
+    """210 frames of four sizes, in batches: boxes and scores within 2e-3 of those frame by frame,
+    and the same set.
+    """
     fetch(fetched[0], f'--picklepath={tmp_path}/batched.pkl', *options)
     batched, single = load(tmp_path / 'batched.pkl'), load(fetched[0] / 'kinetics_proposal.pkl')
     assert batched.keys() == single.keys()
@@ -406,18 +545,27 @@ def test_batches_give_the_same_boxes(fetched, tmp_path, options):
 
 
 def test_the_documented_architecture_in_batches(tmp_path):
-    """Random weights, biased so that there are boxes: the script's batches against inference_detector frame by frame."""
+    """Random weights, biased so that there are boxes: the script's batches against
+    inference_detector frame by frame.
+    """
     import proposals
     from mmdet.apis import inference_detector
+
     frames = proposals.write_frames(tmp_path, 6)
     frames = [frames[0], frames[1], frames[4]]  # two sizes
     checkpoint = proposals.random_checkpoint(REPO / 'X-101-64x4d-FPN.py', tmp_path)
-    options = fetch_proposal.Options(tmp_path, REPO / 'X-101-64x4d-FPN.py', checkpoint, 'cpu', 0.3, False, 2, 1, ())
+    options = fetch_proposal.Options(
+        tmp_path, REPO / 'X-101-64x4d-FPN.py', checkpoint, 'cpu', 0.3, False, 2, 1, ()
+    )
     found = dict(fetch_proposal.detect(frames, options))
     model, pipeline = fetch_proposal.start_detector(options)
     model.cfg = Config.fromfile(REPO / 'X-101-64x4d-FPN.py')
-    expected = {frame.key: fetch_proposal.people_of(inference_detector(
-        model, str(fetch_proposal.frame_file(tmp_path, frame))), 0.3) for frame in frames}
+    expected = {
+        frame.key: fetch_proposal.people_of(
+            inference_detector(model, str(fetch_proposal.frame_file(tmp_path, frame))), 0.3
+        )
+        for frame in frames
+    }
     assert sum(map(len, expected.values())) >= 3
     boxes, scores, alone = proposals.largest_difference(found, expected, 0.3)
     assert boxes <= 2e-3 and scores <= 2e-3 and not alone
@@ -435,9 +583,13 @@ def test_neighbors_and_score_thr(fetched, tmp_path):
 @pytest.fixture
 def few(fetched):
     """Eight frames and how a detector runs on them."""
-    frames = fetch_proposal.plan_frames([(f'scene-{scene:05d}_000010_000014', 12) for scene in range(0, 32, 4)], 0)
+    frames = fetch_proposal.plan_frames(
+        [(f'scene-{scene:05d}_000010_000014', 12) for scene in range(0, 32, 4)], 0
+    )
     config, checkpoint = (REPO / f'tests/tiny_detector.{suffix}' for suffix in ('py', 'pth'))
-    return frames, fetch_proposal.Options(fetched[0], config, checkpoint, 'cpu', 0.7, False, 8, 2, tuple(frames))
+    return frames, fetch_proposal.Options(
+        fetched[0], config, checkpoint, 'cpu', 0.7, False, 8, 2, tuple(frames)
+    )
 
 
 def assert_found(found: dict, fetched, frames) -> None:
@@ -455,11 +607,16 @@ def test_a_batch_that_does_not_fit_is_halved(fetched, few, monkeypatch):
         if len(batch) > 3:
             raise torch.cuda.OutOfMemoryError('out of memory')
         return predict(model, batch, device, amp)
+
     fetch_proposal.start_detector(few[1])
     monkeypatch.setattr(fetch_proposal, 'predict', predict_few)
     assert_found(dict(fetch_proposal.detect(*few)), fetched, few[0])
     assert sizes == [8, 4, 2, 2, 2, 2]
-    monkeypatch.setattr(fetch_proposal, 'predict', lambda *args: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError('no')))
+    monkeypatch.setattr(
+        fetch_proposal,
+        'predict',
+        lambda *args: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError('no')),
+    )
     with pytest.raises(RuntimeError, match='on scene-00000,0012: OutOfMemoryError: no'):
         list(fetch_proposal.detect(*few))
 
@@ -478,14 +635,23 @@ DYING = """
 """
 
 
-@pytest.mark.parametrize('how,said', [('os._exit(9)', 'its process was killed'),
-                                      ("raise RuntimeError('CUDA error: ECC')", 'CUDA error: ECC')])
-def test_a_lost_gpu_leaves_its_frames_to_the_others(fetched, few, tmp_path, monkeypatch, capsys, how, said):
+@pytest.mark.parametrize(
+    'how,said',
+    [
+        ('os._exit(9)', 'its process was killed'),
+        ("raise RuntimeError('CUDA error: ECC')", 'CUDA error: ECC'),
+    ],
+)
+def test_a_lost_gpu_leaves_its_frames_to_the_others(
+    fetched, few, tmp_path, monkeypatch, capsys, how, said
+):
     """Two devices with a process each, of which one is lost at its first batch."""
     config = write_detector_class(tmp_path, 'DyingDetector', DYING.replace('HOW', how))
     monkeypatch.syspath_prepend(tmp_path)
     options = few[1]._replace(config=config, batch_size=4)
-    assert_found(dict(fetch_proposal.detect_on_gpus(few[0], options, ['cpu', 'cpu:0'])), fetched, few[0])
+    assert_found(
+        dict(fetch_proposal.detect_on_gpus(few[0], options, ['cpu', 'cpu:0'])), fetched, few[0]
+    )
     err = capsys.readouterr().err
     assert said in err and 'continuing on the others' in err
     (tmp_path / 'died').unlink()
@@ -494,17 +660,26 @@ def test_a_lost_gpu_leaves_its_frames_to_the_others(fetched, few, tmp_path, monk
 
 
 def test_more_gpus_than_frames(fetched, few):
-    assert_found(dict(fetch_proposal.detect_on_gpus(few[0][:1], few[1], ['cpu', 'cpu:0'])), fetched, few[0][:1])
+    assert_found(
+        dict(fetch_proposal.detect_on_gpus(few[0][:1], few[1], ['cpu', 'cpu:0'])),
+        fetched,
+        few[0][:1],
+    )
 
 
 def test_a_frame_that_the_pipeline_cannot_take_costs_itself_only(tmp_path):
     """OpenCV cannot resize a picture of 3000x1."""
     root = write_root(tmp_path, range(2))
-    cv2.imwrite(str(root / 'rawframes/scene-00001_000010_000014/img_00061.jpg'), np.zeros((1, 3000, 3), np.uint8))
+    cv2.imwrite(
+        str(root / 'rawframes/scene-00001_000010_000014/img_00061.jpg'),
+        np.zeros((1, 3000, 3), np.uint8),
+    )
     fetch(root)
     assert {'scene-00000,0012', 'scene-00001,0011'} <= load(root / 'kinetics_proposal.pkl').keys()
-    (row, ) = read_csv(root / 'reports/fetch_proposal_train.csv')[1:]
-    assert row[:2] == ['scene-00001', '0012'] and row[2].startswith('frame that the test pipeline cannot take: error: OpenCV')
+    (row,) = read_csv(root / 'reports/fetch_proposal_train.csv')[1:]
+    assert row[:2] == ['scene-00001', '0012'] and row[2].startswith(
+        'frame that the test pipeline cannot take: error: OpenCV'
+    )
 
 
 def test_weights_that_change_while_a_run_works_end_it(small, tmp_path, monkeypatch):
@@ -517,9 +692,15 @@ def test_weights_that_change_while_a_run_works_end_it(small, tmp_path, monkeypat
         weights['state_dict']['backbone.conv1.weight'] *= 0
         torch.save(weights, tmp_path / 'latest.pth')
         return start(*args)
+
     monkeypatch.setattr(fetch_proposal, 'start_detection', overwritten)
-    message = refused(fetch_proposal.main, f'--avakinetics_root={small}', f'--picklepath={tmp_path}/none.pkl', TINY[0],
-                      f'--checkpoint={tmp_path}/latest.pth')
+    message = refused(
+        fetch_proposal.main,
+        f'--avakinetics_root={small}',
+        f'--picklepath={tmp_path}/none.pkl',
+        TINY[0],
+        f'--checkpoint={tmp_path}/latest.pth',
+    )
     assert 'latest.pth or the config has changed since this run began' in message
 
 
@@ -527,23 +708,32 @@ def test_moved_frames_are_known_and_only_what_matters_makes_another_detector(tmp
     """tar keeps modification times in whole seconds."""
     root, config = write_root(tmp_path / 'root', range(1)), tmp_path / 'config.py'
     options = [f'--avakinetics_root={root}', f'--config={config}', TINY[1]]
-    for text, known in (('', None), ("log_level = 'WARNING'\nwork_dir = 'x'", True), ('model = dict(test_cfg=dict(rcnn='
-                        "dict(max_per_img=50)))", False)):
+    for text, known in (
+        ('', None),
+        ("log_level = 'WARNING'\nwork_dir = 'x'", True),
+        ('model = dict(test_cfg=dict(rcnn=dict(max_per_img=50)))', False),
+    ):
         config.write_text(f"_base_ = '{TINY[0].split('=')[1]}'\n{text}\n")
         fetch_proposal.main(options)
         out = capsys.readouterr().out
         assert ('all were detected before' in out) == bool(known)
         assert ('is of this detector, these frames' in out) == (known is False)
         for frame in root.glob('rawframes/*/*.jpg'):
-            os.utime(frame, (int(frame.stat().st_mtime), ) * 2)
+            os.utime(frame, (int(frame.stat().st_mtime),) * 2)
 
 
 def test_boxes_without_area_are_no_people():
     """Of NaN, as float16 may give, or in the padding beside the frame."""
-    boxes = torch.tensor([[10., 10, 50, 90], [float('nan'), 10, 50, 90], [210, 10, 250, 90], [10, -30, 50, -5]])
-    found = InstanceData(bboxes=boxes, scores=torch.full((4, ), 0.9), labels=torch.zeros(4, dtype=int))
+    boxes = torch.tensor(
+        [[10.0, 10, 50, 90], [float('nan'), 10, 50, 90], [210, 10, 250, 90], [10, -30, 50, -5]]
+    )
+    found = InstanceData(
+        bboxes=boxes, scores=torch.full((4,), 0.9), labels=torch.zeros(4, dtype=int)
+    )
     answer = SimpleNamespace(pred_instances=found, ori_shape=(100, 200))
-    np.testing.assert_allclose(fetch_proposal.people_of(answer, 0.7), [[0.05, 0.1, 0.25, 0.9, 0.9]], atol=1e-7)
+    np.testing.assert_allclose(
+        fetch_proposal.people_of(answer, 0.7), [[0.05, 0.1, 0.25, 0.9, 0.9]], atol=1e-7
+    )
 
 
 def test_a_run_says_where_it_runs(small, capsys, monkeypatch):
@@ -563,7 +753,9 @@ def test_nobody_to_compare_is_said(tmp_path, capsys):
     frames = fetch_proposal.plan_frames([('scene-00000_000010_000014', 12)], 1)
     for device in 'cpu:0', 'cpu':
         fetch_proposal.start_detector.cache_clear()
-        options = fetch_proposal.Options(root, config, checkpoint, device, 0.7, False, 8, 2, tuple(frames))
+        options = fetch_proposal.Options(
+            root, config, checkpoint, device, 0.7, False, 8, 2, tuple(frames)
+        )
         assert [key for key, people in fetch_proposal.detect(frames, options) if len(people)] == []
         assert ('nobody on the first 3 frames' in capsys.readouterr().out) == (device != 'cpu')
 

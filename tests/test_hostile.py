@@ -1,8 +1,8 @@
-"""Broken and hostile input, every step: no traceback, no hang, no file outside, a reason for each, and the good items done.
+"""Broken and hostile input, every step: no traceback, no hang, no file outside, a reason for each,
+and the good items done.
 
-The cases stand in tables, a name each; all cases of a table go through one run together with good items, and every case is
-then looked up on its own.
-"""
+The cases stand in tables, a name each; all cases of a table go through one run together with good
+items, and every case is then looked up on its own."""
 
 import io
 import os
@@ -24,8 +24,20 @@ import cut_kinetics
 import fetch_proposal
 import prepare_annotation
 import sample_world
-from helpers import (REPO, TINY, annotation_rows, fake_frames, errors, load, numbered_source, read_csv, refused, run, snapshot,
-                     write_root)
+from helpers import (
+    REPO,
+    TINY,
+    annotation_rows,
+    fake_frames,
+    errors,
+    load,
+    numbered_source,
+    read_csv,
+    refused,
+    run,
+    snapshot,
+    write_root,
+)
 
 LINE = 'aaaaaaaaaaa,5,0.1,0.2,0.5,0.9,12'
 
@@ -37,18 +49,30 @@ class Evil:
 
 def ffmpeg(*arguments) -> bytes:
     """What ffmpeg writes to a file named `-`."""
-    return subprocess.run([draw.FFMPEG, '-v', 'error', *arguments, '-'], capture_output=True, check=True).stdout
+    return subprocess.run(
+        [draw.FFMPEG, '-v', 'error', *arguments, '-'], capture_output=True, check=True
+    ).stdout
 
 
 def huge_png_video(container: str) -> bytes:
     """A video of PNGs whose headers claim 8,000 by 8,000 pixels, which FFmpeg itself would take."""
-    data = ffmpeg('-f', 'lavfi', '-i', 'color=s=64x64:d=10:r=1', '-c:v', 'png', '-movflags', 'frag_keyframe+empty_moov',
-                  '-f', container)
+    data = ffmpeg(
+        '-f',
+        'lavfi',
+        '-i',
+        'color=s=64x64:d=10:r=1',
+        '-c:v',
+        'png',
+        '-movflags',
+        'frag_keyframe+empty_moov',
+        '-f',
+        container,
+    )
     header = b'IHDR' + struct.pack('>II', 64, 64)
     start = data.index(header)
-    claimed = b'IHDR' + struct.pack('>II', 8000, 8000) + data[start + 12:start + 17]
+    claimed = b'IHDR' + struct.pack('>II', 8000, 8000) + data[start + 12 : start + 17]
     checked = claimed + struct.pack('>I', zlib.crc32(claimed))
-    return data.replace(data[start:start + 21], checked)
+    return data.replace(data[start : start + 21], checked)
 
 
 @pytest.fixture(scope='module')
@@ -62,8 +86,21 @@ def whole(tmp_path_factory) -> bytes:
 def faststart(data: bytes, folder: Path) -> bytes:
     (folder / 'x.mp4').write_bytes(data)
     subprocess.run(
-        [draw.FFMPEG, '-v', 'error', '-y', '-i', folder / 'x.mp4', '-c', 'copy', '-movflags', '+faststart', folder / 'y.mp4'],
-        check=True)
+        [
+            draw.FFMPEG,
+            '-v',
+            'error',
+            '-y',
+            '-i',
+            folder / 'x.mp4',
+            '-c',
+            'copy',
+            '-movflags',
+            '+faststart',
+            folder / 'y.mp4',
+        ],
+        check=True,
+    )
     return (folder / 'y.mp4').read_bytes()
 
 
@@ -76,53 +113,149 @@ def shuffled(data: bytes) -> bytes:
 
 
 UNREADABLE, SHORT, DAMAGED = 'unreadable video: ', 'source too short: ', 'damaged video: '
-VIDEOS = {  # name -> (content made of a good source and a folder, how the reason starts; None where it is to be cut)
+# name -> (content made of a good source and a folder, how the reason starts; None where it is to be
+# cut)
+VIDEOS = {
     'good': (lambda data, _: data, None),
     'empty': (lambda data, _: b'', UNREADABLE),
     'one byte': (lambda data, _: b'\0', UNREADABLE),
     'text': (lambda data, _: b'this is no video\n' * 1000, UNREADABLE),
-    'web page': (lambda data, _: b'<!DOCTYPE html><html><body>Video unavailable</body></html>', UNREADABLE),
+    'web page': (
+        lambda data, _: b'<!DOCTYPE html><html><body>Video unavailable</body></html>',
+        UNREADABLE,
+    ),
     'random': (lambda data, _: np.random.default_rng(0).bytes(100_000), UNREADABLE),
-    **{f'truncated at {share} %': (lambda data, _, share=share: data[:len(data) * share // 100], UNREADABLE)
-       for share in (1, 10, 50, 90, 99)},
-    **{f'index first, truncated at {share} %': (
-           lambda data, folder, share=share: faststart(data, folder)[:len(data) * share // 100], reason)
-       for share, reason in ((3, UNREADABLE), (30, SHORT), (60, SHORT), (98, DAMAGED))},
+    **{
+        f'truncated at {share} %': (
+            lambda data, _, share=share: data[: len(data) * share // 100],
+            UNREADABLE,
+        )
+        for share in (1, 10, 50, 90, 99)
+    },
+    **{
+        f'index first, truncated at {share} %': (
+            lambda data, folder, share=share: faststart(data, folder)[: len(data) * share // 100],
+            reason,
+        )
+        for share, reason in ((3, UNREADABLE), (30, SHORT), (60, SHORT), (98, DAMAGED))
+    },
     'bytes changed': (lambda data, _: shuffled(data), DAMAGED),
-    'picture': (lambda data, _: cv2.imencode('.jpg', np.zeros((90, 120, 3), np.uint8))[1].tobytes(), UNREADABLE),
-    'sound only': (lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'sine=d=10', '-f', 'matroska'), UNREADABLE),
+    'picture': (
+        lambda data, _: cv2.imencode('.jpg', np.zeros((90, 120, 3), np.uint8))[1].tobytes(),
+        UNREADABLE,
+    ),
+    'sound only': (
+        lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'sine=d=10', '-f', 'matroska'),
+        UNREADABLE,
+    ),
     'no frames': (
-        lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'color=s=64x64:d=1', '-c:v', 'libx264', '-frames:v', '0', '-f', 'matroska'),
-        UNREADABLE),
+        lambda data, _: ffmpeg(
+            '-f',
+            'lavfi',
+            '-i',
+            'color=s=64x64:d=1',
+            '-c:v',
+            'libx264',
+            '-frames:v',
+            '0',
+            '-f',
+            'matroska',
+        ),
+        UNREADABLE,
+    ),
     'one frame': (
-        lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'color=s=64x64:d=1', '-c:v', 'libx264', '-frames:v', '1', '-f', 'matroska'),
-        SHORT),
-    'huge pictures claimed': (lambda data, _: huge_png_video('matroska'), UNREADABLE + 'Picture size 8000x8000 exceeds'),
+        lambda data, _: ffmpeg(
+            '-f',
+            'lavfi',
+            '-i',
+            'color=s=64x64:d=1',
+            '-c:v',
+            'libx264',
+            '-frames:v',
+            '1',
+            '-f',
+            'matroska',
+        ),
+        SHORT,
+    ),
+    'huge pictures claimed': (
+        lambda data, _: huge_png_video('matroska'),
+        UNREADABLE + 'Picture size 8000x8000 exceeds',
+    ),
     'playlist of another file': (
-        lambda data, _: b'ffconcat version 1.0\nfile vids-00000x_000000_000010.mp4\n', UNREADABLE),
-    'playlist of itself': (lambda data, _: b'ffconcat version 1.0\nfile vids-00020x_000000_000010.mp4\n', UNREADABLE),
-    'web playlist': (lambda data, folder: b'#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n', UNREADABLE),
+        lambda data, _: b'ffconcat version 1.0\nfile vids-00000x_000000_000010.mp4\n',
+        UNREADABLE,
+    ),
+    'playlist of itself': (
+        lambda data, _: b'ffconcat version 1.0\nfile vids-00020x_000000_000010.mp4\n',
+        UNREADABLE,
+    ),
+    'web playlist': (
+        lambda data, folder: b'#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n',
+        UNREADABLE,
+    ),
     'subtitles': (lambda data, _: b'1\n00:00:00,000 --> 00:00:10,000\nhello\n', UNREADABLE),
     'Matroska named mp4': (
-        lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'testsrc=s=64x64:d=10', '-c:v', 'libx264', '-f', 'matroska'), None),
+        lambda data, _: ffmpeg(
+            '-f', 'lavfi', '-i', 'testsrc=s=64x64:d=10', '-c:v', 'libx264', '-f', 'matroska'
+        ),
+        None,
+    ),
     'one pixel high': (
         lambda data, _: ffmpeg(
-            '-f', 'lavfi', '-i', 'testsrc=s=64x2:d=10', '-vf', 'crop=64:1:0:0', '-c:v', 'ffv1', '-f', 'matroska'),
-        UNREADABLE),
+            '-f',
+            'lavfi',
+            '-i',
+            'testsrc=s=64x2:d=10',
+            '-vf',
+            'crop=64:1:0:0',
+            '-c:v',
+            'ffv1',
+            '-f',
+            'matroska',
+        ),
+        UNREADABLE,
+    ),
     'starts after an hour': (
         lambda data, _: ffmpeg(
-            '-f', 'lavfi', '-i', 'testsrc=s=64x64:d=10', '-c:v', 'libx264', '-output_ts_offset', '3600', '-f', 'matroska'),
-        None),
+            '-f',
+            'lavfi',
+            '-i',
+            'testsrc=s=64x64:d=10',
+            '-c:v',
+            'libx264',
+            '-output_ts_offset',
+            '3600',
+            '-f',
+            'matroska',
+        ),
+        None,
+    ),
     'time runs a thousand times too fast': (
-        lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'testsrc=s=64x64:d=10', '-vf', 'setpts=PTS*1000', '-fps_mode',
-                               'passthrough', '-c:v', 'libx264', '-f', 'matroska'),
-        DAMAGED),
+        lambda data, _: ffmpeg(
+            '-f',
+            'lavfi',
+            '-i',
+            'testsrc=s=64x64:d=10',
+            '-vf',
+            'setpts=PTS*1000',
+            '-fps_mode',
+            'passthrough',
+            '-c:v',
+            'libx264',
+            '-f',
+            'matroska',
+        ),
+        DAMAGED,
+    ),
 }
 
 
 @pytest.fixture(scope='module')
 def cut_videos(whole, tmp_path_factory):
-    """All sources above, and files that are none, through one run of Step 3: its folder and reasons by video."""
+    """All sources above, and files that are none, through one run of Step 3: its folder and reasons
+    by video.
+    """
     folder = tmp_path_factory.mktemp('videos')
     sources = folder / 'kinetics700/videos_train/x'
     sources.mkdir(parents=True)
@@ -132,12 +265,23 @@ def cut_videos(whole, tmp_path_factory):
         (sources / f'vids-{index:05d}x_000000_000010.mp4').write_bytes(make(whole, folder))
     for index, make in enumerate(NO_FILES.values(), len(VIDEOS)):
         make(sources / f'vids-{index:05d}x_000000_000010.mp4')
-    (folder / 'kinetics_train_v1.0.csv').write_text(''.join(annotation_rows(f'vids-{i:05d}x', 8) for i in range(len(names))))
-    (folder / 'kinetics700/list.txt').write_text(''.join(f'x/vids-{i:05d}x_000000_000010.mp4 7\n' for i in range(len(names))))
+    (folder / 'kinetics_train_v1.0.csv').write_text(
+        ''.join(annotation_rows(f'vids-{i:05d}x', 8) for i in range(len(names)))
+    )
+    (folder / 'kinetics700/list.txt').write_text(
+        ''.join(f'x/vids-{i:05d}x_000000_000010.mp4 7\n' for i in range(len(names)))
+    )
     before = snapshot(folder)
-    run('cut_kinetics.py', f'--avakinetics_anotation={folder}', f'--kinetics_list={folder}/kinetics700/list.txt',
-        f'--avakinetics_root={folder}/root', cwd=folder)
-    assert {name: value for name, value in snapshot(folder).items() if not name.startswith('root/')} == before
+    run(
+        'cut_kinetics.py',
+        f'--avakinetics_anotation={folder}',
+        f'--kinetics_list={folder}/kinetics700/list.txt',
+        f'--avakinetics_root={folder}/root',
+        cwd=folder,
+    )
+    assert {
+        name: value for name, value in snapshot(folder).items() if not name.startswith('root/')
+    } == before
     rows = read_csv(folder / 'root/reports/cut_kinetics_train.csv')[1:]
     return folder, {names[int(row[0][5:10])]: row[2] for row in rows}
 
@@ -155,11 +299,16 @@ NO_FILES = {
 @pytest.mark.parametrize('name', VIDEOS)
 def test_videos(cut_videos, name):
     folder, reasons = cut_videos
-    clip, expected = folder / f'root/videos/vids-{[*VIDEOS].index(name):05d}x_000006_000010.mp4', VIDEOS[name][1]
+    clip, expected = (
+        folder / f'root/videos/vids-{[*VIDEOS].index(name):05d}x_000006_000010.mp4',
+        VIDEOS[name][1],
+    )
     if expected is None:
         assert name not in reasons and clip.is_file()
     else:
-        assert reasons[name].startswith(expected) and '\n' not in reasons[name] and not clip.exists()
+        assert (
+            reasons[name].startswith(expected) and '\n' not in reasons[name] and not clip.exists()
+        )
 
 
 @pytest.mark.parametrize('name', NO_FILES)
@@ -168,21 +317,40 @@ def test_what_is_no_file(cut_videos, name):
 
 
 def test_a_video_that_ffmpeg_hangs_on(world):
-    """The time limit is in proportion to the length: shortened here, since nobody waits minutes for a test."""
+    """The time limit is in proportion to the length: shortened here, since nobody waits minutes for
+    a test.
+    """
     (world / 'ffmpeg').write_text('#!/bin/sh\n[ $1 = -version ] || exec sleep 1000\n')
     (world / 'ffmpeg').chmod(0o755)
     numbered_source(world / 'kinetics700/aaaaaaaaaaa_000000_000010.mp4', {})
     (world / 'kinetics700/list.txt').write_text('aaaaaaaaaaa_000000_000010.mp4\n')
-    (world / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').write_text(annotation_rows('aaaaaaaaaaa', 5))
-    program = (f'import sys; sys.path.insert(0, {str(REPO)!r}); import cut_kinetics; cut_kinetics.TIME_LIMIT = -4; '
-               'cut_kinetics.main()')
+    (world / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').write_text(
+        annotation_rows('aaaaaaaaaaa', 5)
+    )
+    program = (
+        f'import sys; sys.path.insert(0, {str(REPO)!r}); import cut_kinetics; '
+        'cut_kinetics.TIME_LIMIT = -4; '
+        'cut_kinetics.main()'
+    )
     done = subprocess.run(
-        [sys.executable, '-c', program, f'--avakinetics_anotation={world}/ava_kinetics_v1_0', '--num_workers=1',
-         f'--kinetics_list={world}/kinetics700/list.txt', f'--avakinetics_root={world}/root', f'--ffmpeg={world}/ffmpeg'],
-        capture_output=True, text=True, timeout=60)
+        [
+            sys.executable,
+            '-c',
+            program,
+            f'--avakinetics_anotation={world}/ava_kinetics_v1_0',
+            '--num_workers=1',
+            f'--kinetics_list={world}/kinetics700/list.txt',
+            f'--avakinetics_root={world}/root',
+            f'--ffmpeg={world}/ffmpeg',
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert 'not one clip could be cut' in errors(done)
     assert read_csv(world / 'root/reports/cut_kinetics_train.csv')[1:] == [
-        ['aaaaaaaaaaa', '5', 'unreadable video: ffmpeg took more than 2 s']]
+        ['aaaaaaaaaaa', '5', 'unreadable video: ffmpeg took more than 2 s']
+    ]
 
 
 ANNOTATIONS = {  # name -> (line, whether it is one); None: it is no line at all
@@ -233,23 +401,40 @@ ANNOTATIONS = {  # name -> (line, whether it is one); None: it is no line at all
 
 @pytest.fixture(scope='module')
 def annotated(whole, tmp_path_factory):
-    """All lines above through Steps 3 and 5: by step the numbers of the lines that were reported."""
+    """All lines above through Steps 3 and 5: by step, which lines were reported."""
     folder = tmp_path_factory.mktemp('annotated')
     (folder / 'aaaaaaaaaaa_000000_000010.mp4').write_bytes(whole)
     (folder / 'list.txt').write_text('aaaaaaaaaaa_000000_000010.mp4\n')
     lines = [line.encode() if isinstance(line, str) else line for line, _ in ANNOTATIONS.values()]
-    (folder / 'kinetics_train_v1.0.csv').write_bytes(b'\n'.join([lines[1], *lines[:1], *lines[2:]]) + b'\n')  # BOM comes first
+    (folder / 'kinetics_train_v1.0.csv').write_bytes(
+        b'\n'.join([lines[1], *lines[:1], *lines[2:]]) + b'\n'
+    )  # BOM comes first
     reported = {}
-    for step, options in ('cut_kinetics', [f'--kinetics_list={folder}/list.txt']), ('prepare_annotation', []):
-        run(f'{step}.py', f'--avakinetics_anotation={folder}', f'--avakinetics_root={folder}/root', *options, cwd=folder)
-        reported[step] = {int(row[2].split('line ')[1].split(':')[0]): row[2]
-                          for row in read_csv(folder / f'root/reports/{step}_train.csv')[1:]
-                          if 'malformed' in row[2]}
+    for step, options in (
+        ('cut_kinetics', [f'--kinetics_list={folder}/list.txt']),
+        ('prepare_annotation', []),
+    ):
+        run(
+            f'{step}.py',
+            f'--avakinetics_anotation={folder}',
+            f'--avakinetics_root={folder}/root',
+            *options,
+            cwd=folder,
+        )
+        reported[step] = {
+            int(row[2].split('line ')[1].split(':')[0]): row[2]
+            for row in read_csv(folder / f'root/reports/{step}_train.csv')[1:]
+            if 'malformed' in row[2]
+        }
     assert (folder / 'root/videos/aaaaaaaaaaa_000003_000007.mp4').is_file()
     good = sum(value is True and 'people' not in name for name, (_, value) in ANNOTATIONS.items())
     assert len(read_csv(folder / 'root/kinetics_train.csv')) == good
-    assert sorted(path.name for path in folder.iterdir()) == ['aaaaaaaaaaa_000000_000010.mp4', 'kinetics_train_v1.0.csv',
-                                                              'list.txt', 'root']
+    assert sorted(path.name for path in folder.iterdir()) == [
+        'aaaaaaaaaaa_000000_000010.mp4',
+        'kinetics_train_v1.0.csv',
+        'list.txt',
+        'root',
+    ]
     return reported
 
 
@@ -271,10 +456,13 @@ def test_an_annotation_is_judged_alike_beside_any_other(script, tmp_path):
         for neighbour in b'', b'\n"aaaaaaaaaaa","7"':
             (tmp_path / 'annotations.csv').write_bytes(data + neighbour + b'\n')
             table, problems = script.read_annotations(tmp_path / 'annotations.csv')
-            assert len(table) == (good is True) + bool(neighbour) and len(problems) == (good is False), (name, neighbour)
+            assert len(table) == (good is True) + bool(neighbour) and len(problems) == (
+                good is False
+            ), (name, neighbour)
 
 
-LIST_LINES = {  # name -> (line, whether the video that it names, 'aaaaaaaaaaa', can be cut from there)
+# name -> (line, whether the video that it names, 'aaaaaaaaaaa', can be cut from there)
+LIST_LINES = {
     'climbing': ('../../../aaaaaaaaaaa_000000_000010.mp4', False),
     'absolute': ('/etc/aaaaaaaaaaa_000000_000010.mp4 3', False),
     'no id': ('../../x 3', False),
@@ -302,17 +490,37 @@ def test_list_lines(whole, tmp_path):
     (tmp_path / 'kinetics_train_v1.0.csv').write_text(LINE + '\n')
     lines = [line.encode() if isinstance(line, str) else line for line, _ in LIST_LINES.values()]
     (tmp_path / 'list.txt').write_bytes(b'\n'.join(lines))
-    run('cut_kinetics.py', f'--avakinetics_anotation={tmp_path}', f'--kinetics_list={tmp_path}/list.txt',
-        f'--avakinetics_root={tmp_path}/root', cwd=tmp_path)
-    assert [path.name for path in (tmp_path / 'root/videos').iterdir()] == ['aaaaaaaaaaa_000003_000007.mp4']
-    numbers = [int(row[2].split('line ')[2].split(':')[0])
-               if row[2].count('line ') > 1
-               else int(row[2].split('line ')[1].split(':')[0])
-               for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:]]
+    run(
+        'cut_kinetics.py',
+        f'--avakinetics_anotation={tmp_path}',
+        f'--kinetics_list={tmp_path}/list.txt',
+        f'--avakinetics_root={tmp_path}/root',
+        cwd=tmp_path,
+    )
+    assert [path.name for path in (tmp_path / 'root/videos').iterdir()] == [
+        'aaaaaaaaaaa_000003_000007.mp4'
+    ]
+    numbers = [
+        int(row[2].split('line ')[2].split(':')[0])
+        if row[2].count('line ') > 1
+        else int(row[2].split('line ')[1].split(':')[0])
+        for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:]
+    ]
     names = list(LIST_LINES)
-    assert {names[number - 1] for number in numbers} == {'no id', 'passwd', 'ends before it starts', 'no range', 'label only',
-                                                         'other digits'}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['good', 'kinetics_train_v1.0.csv', 'list.txt', 'root']
+    assert {names[number - 1] for number in numbers} == {
+        'no id',
+        'passwd',
+        'ends before it starts',
+        'no range',
+        'label only',
+        'other digits',
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        'good',
+        'kinetics_train_v1.0.csv',
+        'list.txt',
+        'root',
+    ]
 
 
 def member(name: str, content: bytes = b'', **fields) -> tuple[tarfile.TarInfo, bytes]:
@@ -345,20 +553,37 @@ def test_archive_members(whole, tmp_path, name):
         for info, content in MEMBERS[name], member('good/' + NAME, whole):
             tar.addfile(info, io.BytesIO(content))
     cut_archives(tmp_path, tmp_path / '1.tar')
-    assert [path.name for path in (tmp_path / 'root/videos').iterdir()] == ['aaaaaaaaaaa_000003_000007.mp4']
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['1.tar', 'kinetics_train_v1.0.csv', 'root']
+    assert [path.name for path in (tmp_path / 'root/videos').iterdir()] == [
+        'aaaaaaaaaaa_000003_000007.mp4'
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        '1.tar',
+        'kinetics_train_v1.0.csv',
+        'root',
+    ]
     assert not list((tmp_path / 'root').rglob('*_000000_000010.mp4'))
     assert not any((folder / NAME).exists() for folder in (Path('/tmp'), *tmp_path.parents))
 
 
 def cut_archives(folder: Path, *archives, **options) -> subprocess.CompletedProcess:
-    (folder / 'kinetics_train_v1.0.csv').write_text(''.join(LINE.replace('a' * 11, letter * 11) + '\n' for letter in 'abcd'))
-    return run('cut_kinetics.py', f'--avakinetics_anotation={folder}', f'--avakinetics_root={folder}/root',
-               '--kinetics_archives', *archives, cwd=folder, **options)
+    (folder / 'kinetics_train_v1.0.csv').write_text(
+        ''.join(LINE.replace('a' * 11, letter * 11) + '\n' for letter in 'abcd')
+    )
+    return run(
+        'cut_kinetics.py',
+        f'--avakinetics_anotation={folder}',
+        f'--avakinetics_root={folder}/root',
+        '--kinetics_archives',
+        *archives,
+        cwd=folder,
+        **options,
+    )
 
 
 def sparse_archive() -> bytes:
-    """A member in GNU's sparse format that claims a terabyte of zeros in a file of a few hundred bytes."""
+    """A member in GNU's sparse format that claims a terabyte of zeros in a file of a few hundred
+    bytes.
+    """
     info = tarfile.TarInfo('a/' + NAME)
     info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
     buffer = bytearray(info.tobuf(tarfile.GNU_FORMAT))
@@ -378,14 +603,29 @@ def test_archives_that_claim_terabytes(whole, tmp_path):
         info, data = member('good/' + NAME, whole)
         tar.addfile(info, io.BytesIO(data))
     cut_archives(tmp_path, tmp_path / 'sparse.tar', tmp_path / 'claims.tar', tmp_path / 'good.tar')
-    assert [path.name for path in (tmp_path / 'root/videos').iterdir()] == ['aaaaaaaaaaa_000003_000007.mp4']
-    rows = {row[0]: row[2] for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:]}
-    assert rows['b' * 11] == 'unreadable video: larger than 1,073,741,824 bytes' and 'claims.tar' in rows['']
+    assert [path.name for path in (tmp_path / 'root/videos').iterdir()] == [
+        'aaaaaaaaaaa_000003_000007.mp4'
+    ]
+    rows = {
+        row[0]: row[2] for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:]
+    }
+    assert (
+        rows['b' * 11] == 'unreadable video: larger than 1,073,741,824 bytes'
+        and 'claims.tar' in rows['']
+    )
 
 
-@pytest.mark.parametrize('content',
-                         [b'', b'no archive' * 100, b'\x1f\x8b' + b'broken' * 100, bytes(10_000), b'BZh91AY&SY' + bytes(100)],
-                         ids=['empty', 'text', 'broken gzip', 'zeros', 'broken bzip2'])
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'',
+        b'no archive' * 100,
+        b'\x1f\x8b' + b'broken' * 100,
+        bytes(10_000),
+        b'BZh91AY&SY' + bytes(100),
+    ],
+    ids=['empty', 'text', 'broken gzip', 'zeros', 'broken bzip2'],
+)
 def test_what_is_no_archive(whole, tmp_path, content):
     (tmp_path / 'bad.tar').write_bytes(content)
     with tarfile.open(tmp_path / 'good.tar', 'w') as tar:
@@ -393,9 +633,15 @@ def test_what_is_no_archive(whole, tmp_path, content):
         info, data = member('good/' + NAME, whole)
         tar.addfile(info, io.BytesIO(data))
     (tmp_path / 'loop.tar').symlink_to(tmp_path / 'loop.tar')
-    cut_archives(tmp_path, tmp_path / 'bad.tar', tmp_path / 'good.tar', tmp_path / 'loop.tar', tmp_path)
-    assert [path.name for path in (tmp_path / 'root/videos').iterdir()] == ['aaaaaaaaaaa_000003_000007.mp4']
-    said = '\n'.join(row[2] for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:])
+    cut_archives(
+        tmp_path, tmp_path / 'bad.tar', tmp_path / 'good.tar', tmp_path / 'loop.tar', tmp_path
+    )
+    assert [path.name for path in (tmp_path / 'root/videos').iterdir()] == [
+        'aaaaaaaaaaa_000003_000007.mp4'
+    ]
+    said = '\n'.join(
+        row[2] for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:]
+    )
     assert 'loop.tar' in said and (not content.strip(b'\0') or 'bad.tar' in said)
 
 
@@ -405,11 +651,32 @@ CLIPS = {
     'truncated early': lambda data: data[:2000],
     'truncated late': lambda data: data[:-500],
     'sound only': lambda data: ffmpeg(
-        '-f', 'lavfi', '-i', 'sine=d=4', '-c:a', 'aac', '-movflags', 'frag_keyframe+empty_moov', '-f', 'mp4'),
+        '-f',
+        'lavfi',
+        '-i',
+        'sine=d=4',
+        '-c:a',
+        'aac',
+        '-movflags',
+        'frag_keyframe+empty_moov',
+        '-f',
+        'mp4',
+    ),
     'playlist': lambda data: b"ffconcat version 1.0\nfile 'good-clip-0_000000_000004.mp4'\n",
-    'Matroska': lambda data: ffmpeg('-f', 'lavfi', '-i', 'testsrc=s=64x64:d=4:r=30', '-c:v', 'libx264', '-f', 'matroska'),
+    'Matroska': lambda data: ffmpeg(
+        '-f', 'lavfi', '-i', 'testsrc=s=64x64:d=4:r=30', '-c:v', 'libx264', '-f', 'matroska'
+    ),
     'wrong length': lambda data: ffmpeg(
-        '-f', 'lavfi', '-i', 'testsrc=s=64x64:d=3:r=30', '-c:v', 'libx264', '-movflags', 'frag_keyframe+empty_moov', '-f', 'mp4'
+        '-f',
+        'lavfi',
+        '-i',
+        'testsrc=s=64x64:d=3:r=30',
+        '-c:v',
+        'libx264',
+        '-movflags',
+        'frag_keyframe+empty_moov',
+        '-f',
+        'mp4',
     ),
     'huge pictures claimed': lambda data: huge_png_video('mov'),
     'random': lambda data: np.random.default_rng(1).bytes(50_000),
@@ -437,17 +704,33 @@ def test_clips(tmp_path, name):
     (videos / 'fold-clip-3_000000_000004.mp4').mkdir()
     (videos / 'new\nline.mp4').write_bytes(b'')
     (tmp_path / 'kinetics_train_v1.0.csv').write_text(
-        ''.join(LINE.replace('a' * 11, video).replace(',5,', ',2,') + '\n'
-                for video in ('good-clip-0', 'bad-clip--1', 'loop-clip-2', 'fold-clip-3')))
-    run('prepare_annotation.py', f'--avakinetics_anotation={tmp_path}', f'--avakinetics_root={tmp_path}')
-    assert {row[0] for row in read_csv(tmp_path / 'kinetics_train.csv')} == {'good-clip-0_000000_000004'}
+        ''.join(
+            LINE.replace('a' * 11, video).replace(',5,', ',2,') + '\n'
+            for video in ('good-clip-0', 'bad-clip--1', 'loop-clip-2', 'fold-clip-3')
+        )
+    )
+    run(
+        'prepare_annotation.py',
+        f'--avakinetics_anotation={tmp_path}',
+        f'--avakinetics_root={tmp_path}',
+    )
+    assert {row[0] for row in read_csv(tmp_path / 'kinetics_train.csv')} == {
+        'good-clip-0_000000_000004'
+    }
     run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}')
-    assert [path.name for path in (tmp_path / 'rawframes').iterdir()] == ['good-clip-0_000000_000004']
+    assert [path.name for path in (tmp_path / 'rawframes').iterdir()] == [
+        'good-clip-0_000000_000004'
+    ]
     rows = dict(read_csv(tmp_path / 'reports/extract_rgb_frames.csv')[1:])
     if name == 'huge pictures claimed':
         assert rows['bad-clip--1_000000_000004'] == 'unreadable clip: Invalid argument'
-    assert rows['bad-clip--1_000000_000004'].split(':')[0] in ('unreadable clip', 'wrong number of frames')
-    assert rows['loop-clip-2_000000_000004'].startswith('unreadable clip') and rows['new\nline.mp4'].startswith('not a clip')
+    assert rows['bad-clip--1_000000_000004'].split(':')[0] in (
+        'unreadable clip',
+        'wrong number of frames',
+    )
+    assert rows['loop-clip-2_000000_000004'].startswith('unreadable clip') and rows[
+        'new\nline.mp4'
+    ].startswith('not a clip')
 
 
 def test_folders_of_frames(tmp_path):
@@ -462,19 +745,34 @@ def test_folders_of_frames(tmp_path):
     (frames / 'new\nline').mkdir()
     (frames / os.fsdecode(b'\xff\xfe')).mkdir()
     (tmp_path / 'kinetics_train_v1.0.csv').write_text(
-        ''.join(LINE.replace('a' * 11, letter * 11) + '\n' for letter in 'abcdef'))
-    run('prepare_annotation.py', f'--avakinetics_anotation={tmp_path}', f'--avakinetics_root={tmp_path}')
-    assert [row[0] for row in read_csv(tmp_path / 'kinetics_train.csv')] == ['aaaaaaaaaaa_000003_000007']
-    reasons = {row[0][0]: row[2].split(':')[0] for row in read_csv(tmp_path / 'reports/prepare_annotation_train.csv')[1:]}
-    assert reasons == {'b': 'unreadable clip', 'c': 'unreadable clip', 'd': 'frames missing',
-                       'e': 'no clip holds this keyframe', 'f': 'no clip holds this keyframe'}
+        ''.join(LINE.replace('a' * 11, letter * 11) + '\n' for letter in 'abcdef')
+    )
+    run(
+        'prepare_annotation.py',
+        f'--avakinetics_anotation={tmp_path}',
+        f'--avakinetics_root={tmp_path}',
+    )
+    assert [row[0] for row in read_csv(tmp_path / 'kinetics_train.csv')] == [
+        'aaaaaaaaaaa_000003_000007'
+    ]
+    reasons = {
+        row[0][0]: row[2].split(':')[0]
+        for row in read_csv(tmp_path / 'reports/prepare_annotation_train.csv')[1:]
+    }
+    assert reasons == {
+        'b': 'unreadable clip',
+        'c': 'unreadable clip',
+        'd': 'frames missing',
+        'e': 'no clip holds this keyframe',
+        'f': 'no clip holds this keyframe',
+    }
 
 
 def huge_jpeg(path: Path) -> bytes:
     """A JPEG whose header claims 65,500 by 65,500 pixels."""
     data = path.read_bytes()
     start = data.index(b'\xff\xc0')
-    return data[:start + 5] + struct.pack('>HH', 65500, 65500) + data[start + 9 :]
+    return data[: start + 5] + struct.pack('>HH', 65500, 65500) + data[start + 9 :]
 
 
 FRAMES = {
@@ -534,7 +832,9 @@ def test_rows(fetched):
     root, rows = fetched
     count = (root / 'kinetics_train.csv').read_bytes().count(b'\n')
     assert [row[2] for row in rows if not row[0]] == [
-        f'malformed row: line {number} of kinetics_train.csv' for number in range(count - len(ROWS) - 1, count + 1)]
+        f'malformed row: line {number} of kinetics_train.csv'
+        for number in range(count - len(ROWS) - 1, count + 1)
+    ]
 
 
 CONFIGS = {
@@ -553,8 +853,13 @@ CONFIGS = {
 @pytest.mark.parametrize('name', CONFIGS)
 def test_configs(fetched, tmp_path, name):
     (tmp_path / 'config.py').write_text(CONFIGS[name])
-    message = refused(fetch_proposal.main, f'--avakinetics_root={fetched[0]}', f'--picklepath={tmp_path}/x.pkl',
-                      f'--config={tmp_path}/config.py', TINY[1])
+    message = refused(
+        fetch_proposal.main,
+        f'--avakinetics_root={fetched[0]}',
+        f'--picklepath={tmp_path}/x.pkl',
+        f'--config={tmp_path}/config.py',
+        TINY[1],
+    )
     assert f'{tmp_path}/config.py' in message
 
 
@@ -562,16 +867,29 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
     torch.save(Evil(), folder / 'evil.pth')
     torch.save(dict(state_dict={'a': torch.zeros(1)}), folder / 'other.pth')
     evil, other = (folder / 'evil.pth').read_bytes(), (folder / 'other.pth').read_bytes()
-    return {'code': evil, 'code in a plain pickle': pickle.dumps(Evil()), 'other weights': other,
-            'truncated': other[:len(other) // 2], 'a list': pickle.dumps([1]), 'empty': b''}
+    return {
+        'code': evil,
+        'code in a plain pickle': pickle.dumps(Evil()),
+        'other weights': other,
+        'truncated': other[: len(other) // 2],
+        'a list': pickle.dumps([1]),
+        'empty': b'',
+    }
 
 
-@pytest.mark.parametrize('name', ['code', 'code in a plain pickle', 'other weights', 'truncated', 'a list', 'empty'])
+@pytest.mark.parametrize(
+    'name', ['code', 'code in a plain pickle', 'other weights', 'truncated', 'a list', 'empty']
+)
 def test_checkpoints(fetched, tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'x.pth').write_bytes(checkpoints(tmp_path)[name])
-    message = refused(fetch_proposal.main, f'--avakinetics_root={fetched[0]}', f'--picklepath={tmp_path}/x.pkl', TINY[0],
-                      f'--checkpoint={tmp_path}/x.pth')
+    message = refused(
+        fetch_proposal.main,
+        f'--avakinetics_root={fetched[0]}',
+        f'--picklepath={tmp_path}/x.pkl',
+        TINY[0],
+        f'--checkpoint={tmp_path}/x.pth',
+    )
     assert f'{tmp_path}/x.pth' in message and not (tmp_path / 'pwned').exists()
 
 
@@ -599,7 +917,9 @@ PICKLES = {
     'a terabyte of bytes': b'\x80\x04\x8e' + (2**40).to_bytes(8, 'little') + b'x.',
     'frame of a terabyte': b'\x80\x04\x95' + (2**40).to_bytes(8, 'little') + b'}.',
     'ten million marks': b'\x80\x04' + b'(' * 10**7 + b'.',
-    'huge array claimed': b'\x80\x04}' + KEY + b'cnumpy\nndarray\n(\x8a\x06\0\0\0\0\0\x01K\x05\x86\x8c\x02f8tRs.',
+    'huge array claimed': b'\x80\x04}'
+    + KEY
+    + b'cnumpy\nndarray\n(\x8a\x06\0\0\0\0\0\x01K\x05\x86\x8c\x02f8tRs.',
     'number of two gigabytes': b'\x80\x04\x8b' + (2**31 - 1).to_bytes(4, 'little') + b'1.',
 }
 VALUES = {  # pickles of a dict that hold one good frame too
@@ -618,20 +938,31 @@ VALUES = {  # pickles of a dict that hold one good frame too
 def merging(tmp_path):
     root = tmp_path / 'root'
     (root / 'annotations').mkdir(parents=True)
-    (root / 'annotations/ava_train_v2.2.csv').write_text('-5KQ66BBWC4,0902,0.100,0.200,0.300,0.400,12,0\n')
+    (root / 'annotations/ava_train_v2.2.csv').write_text(
+        '-5KQ66BBWC4,0902,0.100,0.200,0.300,0.400,12,0\n'
+    )
     (root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(
-        sample_world.fair_pickle({'-5KQ66BBWC4,0902': np.ones((1, 5))}))
-    (root / 'kinetics_train.csv').write_text('aaaaaaaaaaa_000103_000107,105,0.100,0.200,0.500,0.900,12,-1\n')
-    (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps({'aaaaaaaaaaa,0105': np.ones((1, 5))}))
+        sample_world.fair_pickle({'-5KQ66BBWC4,0902': np.ones((1, 5))})
+    )
+    (root / 'kinetics_train.csv').write_text(
+        'aaaaaaaaaaa_000103_000107,105,0.100,0.200,0.500,0.900,12,-1\n'
+    )
+    (root / 'kinetics_proposal.pkl').write_bytes(
+        pickle.dumps({'aaaaaaaaaaa,0105': np.ones((1, 5))})
+    )
     return root
 
 
-@pytest.mark.parametrize('which', ['kinetics_proposal.pkl', 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl'])
+@pytest.mark.parametrize(
+    'which', ['kinetics_proposal.pkl', 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl']
+)
 @pytest.mark.parametrize('name', PICKLES)
 def test_pickles(merging, tmp_path, name, which):
     (merging / which).write_bytes(PICKLES[name])
     before = snapshot(merging)
-    message = errors(run('merge_annotations.py', f'--avakinetics_root={merging}', code=1, cwd=tmp_path))
+    message = errors(
+        run('merge_annotations.py', f'--avakinetics_root={merging}', code=1, cwd=tmp_path)
+    )
     assert 'is no pickle of proposals' in message and which in message
     assert snapshot(merging) == before and not (tmp_path / 'pwned').exists()
 
@@ -640,9 +971,13 @@ def test_pickles(merging, tmp_path, name, which):
 def test_proposals_in_pickles(merging, name):
     (merging / 'kinetics_proposal.pkl').write_bytes(VALUES[name]())
     run('merge_annotations.py', f'--avakinetics_root={merging}')
-    assert load(merging / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl').keys() == {'-5KQ66BBWC4,0902'}
+    assert load(merging / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl').keys() == {
+        '-5KQ66BBWC4,0902'
+    }
     rows = read_csv(merging / 'reports/merge_annotations_train.csv')[1:]
-    assert rows and all(row[2].startswith('malformed proposal') and len(row[2]) < 200 for row in rows)
+    assert rows and all(
+        row[2].startswith('malformed proposal') and len(row[2]) < 200 for row in rows
+    )
 
 
 MERGED_ROWS = [
@@ -666,13 +1001,18 @@ MERGED_ROWS = [
 
 def test_rows_to_merge_and_to_check(merging, tmp_path):
     good = (merging / 'kinetics_train.csv').read_bytes()
-    (merging / 'kinetics_train.csv').write_bytes('\n'.join(MERGED_ROWS).encode() + b'\n\xff\xfe\n' + good)
+    (merging / 'kinetics_train.csv').write_bytes(
+        '\n'.join(MERGED_ROWS).encode() + b'\n\xff\xfe\n' + good
+    )
     run('merge_annotations.py', f'--avakinetics_root={merging}')
     merged = (merging / 'annotations/ava_train_v2.2.csv').read_bytes()
     assert merged == good + b'-5KQ66BBWC4,0902,0.100,0.200,0.300,0.400,12,0\n'
     assert len(read_csv(merging / 'reports/merge_annotations_train.csv')[1:]) == len(MERGED_ROWS)
-    # the last step looks through the merged file, whoever wrote it, and through whatever lies beside AVA's folders
-    (merging / 'annotations/ava_train_v2.2.csv').write_bytes('\n'.join(MERGED_ROWS).encode() + b'\n\xff\xfe\n' + good)
+    # the last step looks through the merged file, whoever wrote it, and through whatever lies
+    # beside AVA's folders
+    (merging / 'annotations/ava_train_v2.2.csv').write_bytes(
+        '\n'.join(MERGED_ROWS).encode() + b'\n\xff\xfe\n' + good
+    )
     frames = tmp_path / 'ava/rawframes'
     for name in '-5KQ66BBWC4', 'new\nline', os.fsdecode(b'\xff\xfe'), 'a (b); c':
         (frames / name).mkdir(parents=True)
@@ -681,15 +1021,39 @@ def test_rows_to_merge_and_to_check(merging, tmp_path):
     fake_frames(merging / 'rawframes', 'aaaaaaaaaaa_000103_000107')
     (merging / 'rawframes/-5KQ66BBWC4').symlink_to('-5KQ66BBWC4')
     for content in PICKLES.values():
-        (merging / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(content)
-        done = run('softlink_ava.py', f'--avakinetics_root={merging}', f'--ava_root={tmp_path}/ava', code=1, cwd=tmp_path)
+        (merging / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(
+            content
+        )
+        done = run(
+            'softlink_ava.py',
+            f'--avakinetics_root={merging}',
+            f'--ava_root={tmp_path}/ava',
+            code=1,
+            cwd=tmp_path,
+        )
         assert 'the data set is not complete' in errors(done) and not (tmp_path / 'pwned').exists()
-    assert {row[0] for row in read_csv(merging / 'reports/softlink_ava.csv') if row[1].startswith('malformed row')} == {
-        f'line {number} of ava_train_v2.2.csv' for number in range(1, len(MERGED_ROWS) + 2)}
+    assert {
+        row[0]
+        for row in read_csv(merging / 'reports/softlink_ava.csv')
+        if row[1].startswith('malformed row')
+    } == {f'line {number} of ava_train_v2.2.csv' for number in range(1, len(MERGED_ROWS) + 2)}
     assert os.readlink(merging / 'rawframes/-5KQ66BBWC4') == str(frames / '-5KQ66BBWC4')
     assert not (merging / 'rawframes/loop').exists() and not (merging / 'rawframes/file').exists()
 
 
 def test_the_corpus_is_as_large_as_the_documentation_says():
-    cases = [VIDEOS, NO_FILES, ANNOTATIONS, LIST_LINES, MEMBERS, CLIPS, FRAMES, ROWS, CONFIGS, PICKLES, VALUES, MERGED_ROWS]
+    cases = [
+        VIDEOS,
+        NO_FILES,
+        ANNOTATIONS,
+        LIST_LINES,
+        MEMBERS,
+        CLIPS,
+        FRAMES,
+        ROWS,
+        CONFIGS,
+        PICKLES,
+        VALUES,
+        MERGED_ROWS,
+    ]
     assert f'| {sum(map(len, cases))} cases, ' in (REPO / 'docs/reliability.md').read_text()

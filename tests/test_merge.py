@@ -1,4 +1,5 @@
 """Step 7: AVA's annotations and frames joined with the Kinetics part."""
+
 import hashlib
 import os
 import pickle
@@ -11,12 +12,24 @@ import pytest
 import sample_world
 from helpers import errors, fake_frames, load, numbered_source, read_csv, run, snapshot
 
-CSV, PICKLE = 'annotations/ava_train_v2.2.csv', 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl'
-AVA_ROWS = '-5KQ66BBWC4,0902,0.100,0.200,0.300,0.400,12,0\nAVA_mov-1_x,1798,0.100,0.200,0.300,0.400,80,17\n'
-AVA = {'-5KQ66BBWC4,0902': np.array([[.1, .2, .3, .4, .9], [.2, .2, .4, .4, .1]]), 'AVA_mov-1_x,1798': np.ones((1, 5))}
+CSV, PICKLE = (
+    'annotations/ava_train_v2.2.csv',
+    'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl',
+)
+AVA_ROWS = (
+    '-5KQ66BBWC4,0902,0.100,0.200,0.300,0.400,12,0\n'
+    'AVA_mov-1_x,1798,0.100,0.200,0.300,0.400,80,17\n'
+)
+AVA = {
+    '-5KQ66BBWC4,0902': np.array([[0.1, 0.2, 0.3, 0.4, 0.9], [0.2, 0.2, 0.4, 0.4, 0.1]]),
+    'AVA_mov-1_x,1798': np.ones((1, 5)),
+}
 KINETICS_ROWS = 'aaaaaaaaaaa_000103_000107,105,0.100,0.200,0.500,0.900,12,-1\n'
-KINETICS = {'aaaaaaaaaaa,0105': np.full((2, 5), 0.75), 'aaaaaaaaaaa,0104': np.full((1, 5), 0.5),
-            '-5KQ66BBWC4,0902': np.zeros((1, 5))}
+KINETICS = {
+    'aaaaaaaaaaa,0105': np.full((2, 5), 0.75),
+    'aaaaaaaaaaa,0104': np.full((1, 5), 0.5),
+    '-5KQ66BBWC4,0902': np.zeros((1, 5)),
+}
 
 
 @pytest.fixture
@@ -41,7 +54,11 @@ def test_kinetics_rows_come_first_and_ava_wins(root):
     assert merged.keys() == {*AVA, 'aaaaaaaaaaa,0105', 'aaaaaaaaaaa,0104'}
     for key, boxes in merged.items():
         assert boxes.dtype == np.float64 and (boxes == AVA.get(key, KINETICS.get(key))).all()
-    assert '3 rows' in done.stdout and '1 of Kinetics, 2 of AVA' in done.stdout and '1 keys in both' in done.stdout
+    assert (
+        '3 rows' in done.stdout
+        and '1 of Kinetics, 2 of AVA' in done.stdout
+        and '1 keys in both' in done.stdout
+    )
 
 
 def test_merging_twice_is_merging_once_and_a_later_merge_is_a_first_one(root):
@@ -50,10 +67,15 @@ def test_merging_twice_is_merging_once_and_a_later_merge_is_a_first_one(root):
     merge(root)
     assert snapshot(root) == before
     assert (root / 'annotations/ava_train_v2.2.ava_only.csv').read_text() == AVA_ROWS.rstrip('\n')
-    assert load(root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.ava_only.pkl').keys() == AVA.keys()
+    assert (
+        load(root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.ava_only.pkl').keys()
+        == AVA.keys()
+    )
     rows = KINETICS_ROWS.replace(',105,', ',104,')
     (root / 'kinetics_train.csv').write_text(rows)
-    (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps({'aaaaaaaaaaa,0104': np.ones((3, 5))}))
+    (root / 'kinetics_proposal.pkl').write_bytes(
+        pickle.dumps({'aaaaaaaaaaa,0104': np.ones((3, 5))})
+    )
     merge(root)
     assert (root / CSV).read_text() == rows + AVA_ROWS
     assert load(root / PICKLE).keys() == {*AVA, 'aaaaaaaaaaa,0104'}
@@ -62,7 +84,9 @@ def test_merging_twice_is_merging_once_and_a_later_merge_is_a_first_one(root):
 def test_a_merge_of_quite_other_videos_is_a_first_one(root):
     merge(root)
     (root / 'kinetics_train.csv').write_text(KINETICS_ROWS.replace('a' * 11, 'b' * 11))
-    (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps({'bbbbbbbbbbb,0105': np.ones((1, 5))}))
+    (root / 'kinetics_proposal.pkl').write_bytes(
+        pickle.dumps({'bbbbbbbbbbb,0105': np.ones((1, 5))})
+    )
     for _ in range(2):
         merge(root)
         assert (root / CSV).read_text() == KINETICS_ROWS.replace('a' * 11, 'b' * 11) + AVA_ROWS
@@ -105,7 +129,11 @@ def test_a_merge_that_was_killed_between_its_two_files_is_mended(root):
 def test_the_pickle_loads_in_every_numpy(root):
     merge(root)
     stream = (root / PICKLE).read_bytes()
-    names = {text for _, text, _ in pickletools.genops(stream) if isinstance(text, str) and 'numpy' in text}
+    names = {
+        text
+        for _, text, _ in pickletools.genops(stream)
+        if isinstance(text, str) and 'numpy' in text
+    }
     assert names == {'numpy'}
     assert b'numpy._core' not in stream and b'numpy.core' not in stream
 
@@ -126,10 +154,20 @@ class Evil:
         return os.system, ('touch pwned',)
 
 
-@pytest.mark.parametrize('content', [
-    pickle.dumps(Evil()), pickle.dumps({'aaaaaaaaaaa,0105': Evil()}), pickle.dumps([1]), b'', b'\x80\x04.',
-    pickle.dumps({1: 2})[:-1], b'cbuiltins\neval\n(S"1"\ntR.',
-    b'cnumpy.core.multiarray\nscalar\n.', pickle.dumps({'a': np.array([Evil()], object)})])
+@pytest.mark.parametrize(
+    'content',
+    [
+        pickle.dumps(Evil()),
+        pickle.dumps({'aaaaaaaaaaa,0105': Evil()}),
+        pickle.dumps([1]),
+        b'',
+        b'\x80\x04.',
+        pickle.dumps({1: 2})[:-1],
+        b'cbuiltins\neval\n(S"1"\ntR.',
+        b'cnumpy.core.multiarray\nscalar\n.',
+        pickle.dumps({'a': np.array([Evil()], object)}),
+    ],
+)
 def test_pickles_cannot_run_code(root, tmp_path, content):
     before = (root / PICKLE).read_bytes()
     (root / 'kinetics_proposal.pkl').write_bytes(content)
@@ -145,18 +183,34 @@ def test_pickles_of_every_protocol_are_read(root, protocol):
 
 
 def test_what_training_would_choke_on_is_left_out_and_reported(root):
-    (root / 'kinetics_train.csv').write_text(KINETICS_ROWS + 'aaaaaaaaaaa_000103_000107,x,0.1,0.2,0.5,0.9,12,-1\n'
-                                             + '../../etc,105,0.1,0.2,0.5,0.9,12,-1\n')
-    (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps({
-        **KINETICS, 'bbbbbbbbbbb,0001': np.empty((0, 5)), 'ccccccccccc,0001': np.full((1, 5), np.nan), 'x': np.ones((1, 5)),
-        'ddddddddddd,0001': 'boxes', 'eeeeeeeeeee,0001': np.ones((1, 3))}))
+    (root / 'kinetics_train.csv').write_text(
+        KINETICS_ROWS
+        + 'aaaaaaaaaaa_000103_000107,x,0.1,0.2,0.5,0.9,12,-1\n'
+        + '../../etc,105,0.1,0.2,0.5,0.9,12,-1\n'
+    )
+    (root / 'kinetics_proposal.pkl').write_bytes(
+        pickle.dumps(
+            {
+                **KINETICS,
+                'bbbbbbbbbbb,0001': np.empty((0, 5)),
+                'ccccccccccc,0001': np.full((1, 5), np.nan),
+                'x': np.ones((1, 5)),
+                'ddddddddddd,0001': 'boxes',
+                'eeeeeeeeeee,0001': np.ones((1, 3)),
+            }
+        )
+    )
     assert '7 rows or proposals left out' in merge(root).stdout
     assert (root / CSV).read_text() == KINETICS_ROWS + AVA_ROWS and len(load(root / PICKLE)) == 4
     assert len(read_csv(root / 'reports/merge_annotations_train.csv')) == 8
 
 
 def test_merge_errors_say_what_to_do(root):
-    for path, hint in ((CSV, 'cp -r'), ('kinetics_proposal.pkl', 'do Step 6'), ('kinetics_train.csv', 'do Step 5')):
+    for path, hint in (
+        (CSV, 'cp -r'),
+        ('kinetics_proposal.pkl', 'do Step 6'),
+        ('kinetics_train.csv', 'do Step 5'),
+    ):
         content = (root / path).read_bytes()
         (root / path).unlink()
         assert hint in errors(merge(root, code=1))
@@ -169,7 +223,9 @@ def test_merge_errors_say_what_to_do(root):
 
 
 def test_another_programs_merge_over_ours_gives_way(root):
-    """It holds boxes of Kinetics that are old by now; AVA's own are those that our first merge kept."""
+    """It holds boxes of Kinetics that are old by now; AVA's own are those that our first merge
+    kept.
+    """
     merge(root)
     old = load(root / PICKLE)
     old[next(iter(KINETICS))] = np.full((1, 5), 0.125)
@@ -201,7 +257,10 @@ def test_links_are_absolute_and_a_second_run_changes_nothing(worlds, tmp_path):
     root, ava = worlds
     done = run('softlink_ava.py', '--avakinetics_root=root', '--ava_root=ava', cwd=tmp_path)
     assert os.readlink(root / 'rawframes/-5KQ66BBWC4') == f'{ava}/rawframes/-5KQ66BBWC4'
-    assert '2 linked now' in done.stdout and '1 Kinetics clips and 2 AVA videos annotated, 3 rows, 4 frames' in done.stdout
+    assert (
+        '2 linked now' in done.stdout
+        and '1 Kinetics clips and 2 AVA videos annotated, 3 rows, 4 frames' in done.stdout
+    )
     assert 'all 3 have their frames: ready for training' in done.stdout
     before = snapshot(root)
     assert '2 linked already' in link(root, ava).stdout
@@ -214,7 +273,10 @@ def test_wrong_links_are_mended_and_real_folders_left_alone(worlds, tmp_path):
     (root / 'rawframes/AVA_mov-1_x').mkdir()
     (root / 'rawframes/AVA_mov-1_x/img_26941.jpg').write_text('mine')
     done = link(root, ava)
-    assert '1 broken or wrong links mended' in done.stdout and '1 real folders left alone' in done.stdout
+    assert (
+        '1 broken or wrong links mended' in done.stdout
+        and '1 real folders left alone' in done.stdout
+    )
     assert os.readlink(root / 'rawframes/-5KQ66BBWC4') == f'{ava}/rawframes/-5KQ66BBWC4'
     assert (root / 'rawframes/AVA_mov-1_x/img_26941.jpg').read_text() == 'mine'
 
@@ -226,38 +288,88 @@ def test_the_closing_check_finds_what_training_would_miss(worlds):
     assert 'not complete' in errors(link(root, ava, code=1))
     assert read_csv(root / 'reports/softlink_ava.csv')[1:] == [
         ['AVA_mov-1_x', 'frames missing or empty: 1 of 1, first img_26941.jpg'],
-        ['aaaaaaaaaaa_000103_000107', 'frames missing or empty: 1 of 120, first img_00120.jpg']]
+        ['aaaaaaaaaaa_000103_000107', 'frames missing or empty: 1 of 120, first img_00120.jpg'],
+    ]
 
 
-@pytest.mark.parametrize('change,name,reason', [
-    (lambda root, ava: (root / 'annotations/ava_val_v2.2.csv').unlink(), 'ava_val_v2.2.csv',
-     "file missing: copy it from AVA's annotation folder"),
-    (lambda root, ava: (root / 'kinetics_train.csv').write_text(KINETICS_ROWS), 'ava_train_v2.2.csv',
-     'older than kinetics_train.csv: merge again, Step 7 (merge_annotations.py)'),
-    (lambda root, ava: (root / 'kinetics_train.csv').unlink(), 'kinetics_train.csv',
-     'file missing: do Step 5 (prepare_annotation.py)'),
-    (lambda root, ava: (root / CSV).write_text(AVA_ROWS), 'ava_train_v2.2.csv',
-     'no Kinetics row: do Step 7 (merge_annotations.py)'),
-    (lambda root, ava: (root / PICKLE).write_bytes(b'broken'), PICKLE.split('/')[1],
-     'unreadable: do Step 7 (merge_annotations.py)'),
-    (lambda root, ava: (root / 'rawframes/aaaaaaaaaaa_000103_000107/img_00007.jpg').write_bytes(b''),
-     'aaaaaaaaaaa_000103_000107', 'frames missing or empty: 1 of 120, first img_00007.jpg'),
-    (lambda root, ava: (ava / 'rawframes/-5KQ66BBWC4/img_00061.jpg').write_bytes(b''), '-5KQ66BBWC4',
-     'frames missing or empty: 1 of 1, first img_00061.jpg'),
-    (lambda root, ava: shutil.rmtree(root / 'rawframes/aaaaaaaaaaa_000103_000107'), 'aaaaaaaaaaa_000103_000107',
-     'clip missing: no video'),
-], ids=['validation file', 'older rows', 'no list', 'not merged', 'pickle', 'empty frame', 'empty frame of AVA', 'no clip'])
+@pytest.mark.parametrize(
+    'change,name,reason',
+    [
+        (
+            lambda root, ava: (root / 'annotations/ava_val_v2.2.csv').unlink(),
+            'ava_val_v2.2.csv',
+            "file missing: copy it from AVA's annotation folder",
+        ),
+        (
+            lambda root, ava: (root / 'kinetics_train.csv').write_text(KINETICS_ROWS),
+            'ava_train_v2.2.csv',
+            'older than kinetics_train.csv: merge again, Step 7 (merge_annotations.py)',
+        ),
+        (
+            lambda root, ava: (root / 'kinetics_train.csv').unlink(),
+            'kinetics_train.csv',
+            'file missing: do Step 5 (prepare_annotation.py)',
+        ),
+        (
+            lambda root, ava: (root / CSV).write_text(AVA_ROWS),
+            'ava_train_v2.2.csv',
+            'no Kinetics row: do Step 7 (merge_annotations.py)',
+        ),
+        (
+            lambda root, ava: (root / PICKLE).write_bytes(b'broken'),
+            PICKLE.split('/')[1],
+            'unreadable: do Step 7 (merge_annotations.py)',
+        ),
+        (
+            lambda root, ava: (
+                root / 'rawframes/aaaaaaaaaaa_000103_000107/img_00007.jpg'
+            ).write_bytes(b''),
+            'aaaaaaaaaaa_000103_000107',
+            'frames missing or empty: 1 of 120, first img_00007.jpg',
+        ),
+        (
+            lambda root, ava: (ava / 'rawframes/-5KQ66BBWC4/img_00061.jpg').write_bytes(b''),
+            '-5KQ66BBWC4',
+            'frames missing or empty: 1 of 1, first img_00061.jpg',
+        ),
+        (
+            lambda root, ava: shutil.rmtree(root / 'rawframes/aaaaaaaaaaa_000103_000107'),
+            'aaaaaaaaaaa_000103_000107',
+            'clip missing: no video',
+        ),
+    ],
+    ids=[
+        'validation file',
+        'older rows',
+        'no list',
+        'not merged',
+        'pickle',
+        'empty frame',
+        'empty frame of AVA',
+        'no clip',
+    ],
+)
 def test_not_ready_for_training(worlds, change, name, reason):
     root, ava = worlds
     assert 'ready for training' in link(root, ava).stdout
     change(root, ava)
     done = link(root, ava, code=1)
-    assert 'not complete' in errors(done) and name in errors(done) and 'ready for training' not in done.stdout
+    assert (
+        'not complete' in errors(done)
+        and name in errors(done)
+        and 'ready for training' not in done.stdout
+    )
     assert [name, reason] in read_csv(root / 'reports/softlink_ava.csv')
 
 
-@pytest.mark.parametrize('seconds,problem', [
-    (4, None), (3.5, 'wrong number of frames: 105 instead of 120'), (0, 'unreadable clip: decord cannot open it')])
+@pytest.mark.parametrize(
+    'seconds,problem',
+    [
+        (4, None),
+        (3.5, 'wrong number of frames: 105 instead of 120'),
+        (0, 'unreadable clip: decord cannot open it'),
+    ],
+)
 def test_clips_that_are_read_as_videos_have_their_frames(worlds, seconds, problem):
     root, ava = worlds
     shutil.rmtree(root / 'rawframes')
@@ -278,8 +390,10 @@ def test_a_pickle_of_another_list_is_refused_with_the_command_that_mends_it(root
     merge(root)
     (root / 'kinetics_train.csv').write_bytes(rows * 2)
     before = snapshot(root)
-    assert (f'Step 6: fetch_proposal.py --datalist={root}/kinetics_train.csv --picklepath={root}/kinetics_proposal.pkl'
-            in errors(merge(root, code=1)))
+    assert (
+        f'Step 6: fetch_proposal.py --datalist={root}/kinetics_train.csv '
+        f'--picklepath={root}/kinetics_proposal.pkl' in errors(merge(root, code=1))
+    )
     assert snapshot(root) == before
 
 
@@ -287,7 +401,12 @@ def test_other_places_of_list_and_pickle(root):
     """As in Step 6."""
     for old, new in ('kinetics_train.csv', 'some.csv'), ('kinetics_proposal.pkl', 'some.pkl'):
         (root / old).rename(root / new)
-    run('merge_annotations.py', f'--avakinetics_root={root}', f'--datalist={root}/some.csv', f'--picklepath={root}/some.pkl')
+    run(
+        'merge_annotations.py',
+        f'--avakinetics_root={root}',
+        f'--datalist={root}/some.csv',
+        f'--picklepath={root}/some.pkl',
+    )
     assert (root / CSV).read_text() == KINETICS_ROWS + AVA_ROWS and len(load(root / PICKLE)) == 4
 
 
@@ -295,7 +414,10 @@ def test_avas_own_folder_is_not_merged_into(root, tmp_path):
     (root / 'annotations').rename(tmp_path / 'ava_annotations')
     (root / 'annotations').symlink_to(tmp_path / 'ava_annotations')
     before = snapshot(tmp_path)
-    assert "would change AVA's own files; remove the link" in errors(merge(root, code=1)) and snapshot(tmp_path) == before
+    assert (
+        "would change AVA's own files; remove the link" in errors(merge(root, code=1))
+        and snapshot(tmp_path) == before
+    )
 
 
 def test_link_errors_say_what_to_do(worlds, tmp_path):

@@ -1,4 +1,7 @@
-"""The README's commands as they stand there, on a drawn world; MMAction2's own data set reads the result."""
+"""The README's commands as they stand there, on a drawn world; MMAction2's own data set reads the
+result.
+"""
+
 import pickle
 
 import cv2
@@ -10,25 +13,39 @@ import draw
 import sample_world
 from helpers import overlap, read_csv, snapshot
 
-WINDOWS = [(4, 16), (8, 8), (16, 4)]  # clip_len x frame_interval of MMAction2's AVA-Kinetics configs
+WINDOWS = [
+    (4, 16),
+    (8, 8),
+    (16, 4),
+]  # clip_len x frame_interval of MMAction2's AVA-Kinetics configs
 
 
 def test_readme_commands_make_the_data_set(prepared):
     mmaction2, said = prepared
     root = mmaction2 / 'data/ava_kinetics'
     assert 'Traceback' not in said and 'Warning' not in said
-    assert '10 clips in' in said and '11 of 13 annotated keyframes' in said and 'ready for training' in said
+    assert (
+        '10 clips in' in said
+        and '11 of 13 annotated keyframes' in said
+        and 'ready for training' in said
+    )
     assert {tuple(row[:2]) for row in read_csv(root / 'reports/cut_kinetics_train.csv')[1:]} == {
-        ('bRoKeN-off_', '25'), ('gOnE-gOnE-1', '25')}
+        ('bRoKeN-off_', '25'),
+        ('gOnE-gOnE-1', '25'),
+    }
     assert 100_000 < (root / 'report.html').stat().st_size < 4_000_000
-    assert said.count('  recall: proposals meet') == 1 and said.count('  recall of ') == 3  # after Step 6, after Step 7
+    assert (
+        said.count('  recall: proposals meet') == 1 and said.count('  recall of ') == 3
+    )  # after Step 6, after Step 7
 
 
 def test_readme_commands_again_change_nothing(prepared):
     root = prepared[0] / 'data/ava_kinetics'
     before = snapshot(root)
     again = demo.readme_commands('### Step [3-7]')
-    assert any('cp -r' in commands for commands in again)  # copying AVA's annotations again is part of it
+    assert any(
+        'cp -r' in commands for commands in again
+    )  # copying AVA's annotations again is part of it
     said = demo.run_readme(prepared[0], show=False)
     after = snapshot(root)
     assert after == before
@@ -38,15 +55,26 @@ def test_readme_commands_again_change_nothing(prepared):
 def dataset(root, clip_len, frame_interval, test_mode):
     from mmaction.datasets import AVAKineticsDataset
     from mmengine.registry import init_default_scope
+
     init_default_scope('mmaction')
     notes = root / 'annotations'
     return AVAKineticsDataset(
-        ann_file=str(notes / 'ava_train_v2.2.csv'), exclude_file=str(notes / 'ava_train_excluded_timestamps_v2.2.csv'),
+        ann_file=str(notes / 'ava_train_v2.2.csv'),
+        exclude_file=str(notes / 'ava_train_excluded_timestamps_v2.2.csv'),
         label_file=str(notes / 'ava_action_list_v2.2_for_activitynet_2019.pbtxt'),
         proposal_file=str(notes / 'ava_dense_proposals_train.FAIR.recall_93.9.pkl'),
-        data_prefix=dict(img=str(root / 'rawframes')), test_mode=test_mode, pipeline=[
-            dict(type='SampleAVAFrames', clip_len=clip_len, frame_interval=frame_interval, test_mode=test_mode),
-            dict(type='RawFrameDecode', io_backend='disk')])
+        data_prefix=dict(img=str(root / 'rawframes')),
+        test_mode=test_mode,
+        pipeline=[
+            dict(
+                type='SampleAVAFrames',
+                clip_len=clip_len,
+                frame_interval=frame_interval,
+                test_mode=test_mode,
+            ),
+            dict(type='RawFrameDecode', io_backend='disk'),
+        ],
+    )
 
 
 @pytest.mark.parametrize('clip_len,frame_interval', WINDOWS)
@@ -54,27 +82,41 @@ def dataset(root, clip_len, frame_interval, test_mode):
 def test_mmaction2_reads_every_record(prepared, clip_len, frame_interval, test_mode):
     data = dataset(prepared[0] / 'data/ava_kinetics', clip_len, frame_interval, test_mode)
     assert len(data) == 11 + 2 * 3 - 1  # Kinetics keyframes and AVA's, of which one is excluded
-    scenes = {video: (number, start, size) for number, (video, start, _, size, _) in enumerate(
-        (video for videos in sample_world.SCENES.values() for video in videos), 1)}
+    scenes = {
+        video: (number, start, size)
+        for number, (video, start, _, size, _) in enumerate(
+            (video for videos in sample_world.SCENES.values() for video in videos), 1
+        )
+    }
     for index in range(len(data)):
         record = data[index]
         assert len(record['imgs']) == clip_len
         video = record['video_id']
         if len(video) == 11:
-            boxes = draw.figure_boxes(sample_world.AVA_VIDEOS[video], record['timestamp'] - 900, sample_world.AVA_SIZE)
+            boxes = draw.figure_boxes(
+                sample_world.AVA_VIDEOS[video], record['timestamp'] - 900, sample_world.AVA_SIZE
+            )
         else:
             scene, start, size = scenes[video[:11]]
             boxes = draw.figure_boxes(scene, record['timestamp'] - start, size)
         height, width = record['imgs'][0].shape[:2]  # decoding has made the boxes pixels
-        np.testing.assert_allclose(record['gt_bboxes'] / [width, height, width, height], boxes, atol=0.001)
+        np.testing.assert_allclose(
+            record['gt_bboxes'] / [width, height, width, height], boxes, atol=0.001
+        )
         assert record['proposals'].shape[1] == 4 and len(record['proposals']) == len(boxes)
         assert record['gt_labels'][:, 12].all()
 
 
 def test_the_window_shows_the_right_moment(prepared):
-    """The frame in the middle of MMAction2's window is the source's nearest to the keyframe less its 1/30 s."""
-    rates = {video: fps for videos in sample_world.SCENES.values() for video, _, fps, _, _ in videos}
-    starts = {video: start for videos in sample_world.SCENES.values() for video, start, *_ in videos}
+    """The frame in the middle of MMAction2's window is the source's nearest to the keyframe less
+    its 1/30 s.
+    """
+    rates = {
+        video: fps for videos in sample_world.SCENES.values() for video, _, fps, _, _ in videos
+    }
+    starts = {
+        video: start for videos in sample_world.SCENES.values() for video, start, *_ in videos
+    }
     data = dataset(prepared[0] / 'data/ava_kinetics', 8, 8, True)
     seen = 0
     for index in range(len(data)):
@@ -100,7 +142,9 @@ def test_proposals_of_the_sample_are_real_detections(prepared):
             for second in seconds:
                 people = draw.figure_boxes(scene, second - start, size)
                 found = proposals[f'{video},{second:04d}']
-                good += len(found) == len(people) and (overlap(people, found[:, :4]).max(1) > 0.7).all()
+                good += (
+                    len(found) == len(people) and (overlap(people, found[:, :4]).max(1) > 0.7).all()
+                )
                 total += 1
     assert total == 11 and good >= 0.95 * total
 

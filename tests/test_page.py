@@ -1,4 +1,7 @@
-"""ROOT/report.html: what it says, and that a browser shows all of it at the width of a screen and of a phone."""
+"""ROOT/report.html: what it says, and that a browser shows all of it at the width of a screen and
+of a phone.
+"""
+
 import base64
 import json
 import re
@@ -13,13 +16,19 @@ import draw
 import sample_world
 from helpers import load, read_csv
 
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
+)
 # put into a copy of the page: what the browser has to say of it goes into the title
 PROBE = """<script>addEventListener('load', () => {
   const images = [...document.images], root = document.documentElement;
-  document.title = JSON.stringify({images: images.length, broken: images.filter(image => !image.naturalWidth).length,
-    wider: root.scrollWidth - root.clientWidth, narrowest: Math.min(...images.map(image => image.clientWidth)),
-    outside: performance.getEntriesByType('resource').filter(entry => !entry.name.startsWith('data:')).length})
+  const fetched = performance.getEntriesByType('resource');
+  document.title = JSON.stringify({
+    images: images.length,
+    broken: images.filter(image => !image.naturalWidth).length,
+    wider: root.scrollWidth - root.clientWidth,
+    narrowest: Math.min(...images.map(image => image.clientWidth)),
+    outside: fetched.filter(entry => !entry.name.startsWith('data:')).length})
 })</script>"""
 
 
@@ -33,10 +42,17 @@ def test_numbers_are_those_of_the_files(root):
     rows = read_csv(root / 'annotations/ava_train_v2.2.csv')
     kinetics = [row for row in rows if len(row[0]) > 11]
     boxes = {tuple(row[:6]) for row in rows}
-    lines = [re.findall(r'<t[hd]>(.*?)</t[hd]>', line) for line in re.findall(r'<tr>.*?</tr>', page, re.S)]
+    lines = [
+        re.findall(r'<t[hd]>(.*?)</t[hd]>', line)
+        for line in re.findall(r'<tr>.*?</tr>', page, re.S)
+    ]
     cells = {line[0]: line[1:] for line in lines if line}
     proposals = load(root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl')
-    assert cells['annotations'] == [str(len(rows) - len(kinetics)), str(len(kinetics)), str(len(rows))]
+    assert cells['annotations'] == [
+        str(len(rows) - len(kinetics)),
+        str(len(kinetics)),
+        str(len(rows)),
+    ]
     assert cells['boxes'][2] == str(len(boxes)) and cells['clips or movies'] == ['2', '10', '12']
     assert cells['frames with proposals'] == [str(len(proposals))]
     assert ['cut_kinetics_train', 'file missing', '1'] in lines
@@ -47,27 +63,56 @@ def test_keyframes_show_annotations_and_proposals(root):
     page = (root / 'report.html').read_text()
     pictures = re.findall(r'data:image/jpeg;base64,([^"]+)', page)
     assert len(pictures) == 17  # all keyframes of the small sample
-    sources = {video: (start, rate) for videos in sample_world.SCENES.values() for video, start, rate, *_ in videos}
-    for picture, clip, second in re.findall(r'jpeg;base64,([^"]+)"><figcaption>(\S+), second (\d+)', page):
+    sources = {
+        video: (start, rate)
+        for videos in sample_world.SCENES.values()
+        for video, start, rate, *_ in videos
+    }
+    for picture, clip, second in re.findall(
+        r'jpeg;base64,([^"]+)"><figcaption>(\S+), second (\d+)', page
+    ):
         image = cv2.imdecode(np.frombuffer(base64.b64decode(picture), np.uint8), cv2.IMREAD_COLOR)
         start, rate = sources.get(clip[:11], (900, 30))
-        assert abs(draw.read_stamp(image) - (int(second) - start) * float(sample_world.Fraction(rate))) <= 1
+        assert (
+            abs(draw.read_stamp(image) - (int(second) - start) * float(sample_world.Fraction(rate)))
+            <= 1
+        )
         image = image.astype(int)
         assert image.shape[1] == 480
         assert (abs(image - [0, 165, 255]).sum(-1) < 120).sum() > 100  # orange
         assert (image[..., 1] - image[..., [0, 2]].max(-1) > 50).sum() > 150  # green
-    plots = [base64.b64decode(plot).decode() for plot in re.findall(r'data:image/svg[+]xml;base64,([^"]+)', page)]
+    plots = [
+        base64.b64decode(plot).decode()
+        for plot in re.findall(r'data:image/svg[+]xml;base64,([^"]+)', page)
+    ]
     assert len(plots) == 5 and 'talk to (e.g., self, a person, a group) 79' in ''.join(plots)
 
 
 @pytest.mark.skipif(not CHROMIUM, reason='needs Chromium')
 @pytest.mark.parametrize('width', [1280, 400])
 def test_a_browser_shows_all_of_it(root, tmp_path, width):
-    (tmp_path / 'page.html').write_text((root / 'report.html').read_text().replace('</head>', PROBE + '</head>'))
+    (tmp_path / 'page.html').write_text(
+        (root / 'report.html').read_text().replace('</head>', PROBE + '</head>')
+    )
     done = subprocess.run(
-        [CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', f'--window-size={width},900', '--enable-logging=stderr',
-         f'--user-data-dir={tmp_path}/profile', '--virtual-time-budget=5000', '--dump-dom', f'file://{tmp_path}/page.html'],
-        capture_output=True, text=True, timeout=120)
+        [
+            CHROMIUM,
+            '--headless',
+            '--no-sandbox',
+            '--disable-gpu',
+            f'--window-size={width},900',
+            '--enable-logging=stderr',
+            f'--user-data-dir={tmp_path}/profile',
+            '--virtual-time-budget=5000',
+            '--dump-dom',
+            f'file://{tmp_path}/page.html',
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     seen = json.loads(re.search(r'<title>(.*?)</title>', done.stdout)[1])
-    assert seen['images'] == 22 and not seen['broken'] and seen['wider'] <= 0 and not seen['outside']
+    assert (
+        seen['images'] == 22 and not seen['broken'] and seen['wider'] <= 0 and not seen['outside']
+    )
     assert seen['narrowest'] >= 300 and 'CONSOLE' not in done.stderr

@@ -1,49 +1,78 @@
 """Step 5: the csv that MMAction2 reads, from clip folders of any origin."""
+
 import pytest
 
 from helpers import annotation_rows, fake_frames, errors, read_csv, run, snapshot
 
 
 def prepare(world, *options, **kwargs):
-    return run('prepare_annotation.py', f'--avakinetics_anotation={world}/ava_kinetics_v1_0',
-               f'--avakinetics_root={world}/root', *options, **kwargs)
+    return run(
+        'prepare_annotation.py',
+        f'--avakinetics_anotation={world}/ava_kinetics_v1_0',
+        f'--avakinetics_root={world}/root',
+        *options,
+        **kwargs,
+    )
 
 
 def annotate(world, text):
-    (world / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').write_bytes(text.encode() if isinstance(text, str) else text)
+    (world / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').write_bytes(
+        text.encode() if isinstance(text, str) else text
+    )
 
 
 def reasons(world):
-    return {(row[0], row[1]): row[2] for row in read_csv(world / 'root/reports/prepare_annotation_train.csv')[1:]}
+    return {
+        (row[0], row[1]): row[2]
+        for row in read_csv(world / 'root/reports/prepare_annotation_train.csv')[1:]
+    }
 
 
 def test_rows_are_mmaction2s_in_the_order_of_the_annotations(world):
     fake_frames(world / 'root/rawframes', '-b_b_b_b_b__000003_000007')
     fake_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000100_000104')
-    annotate(world, '-b_b_b_b_b_,5.005000,0.12345,0.2,0.98765,1.0,12\n' + annotation_rows('aaaaaaaaaaa', 102.9, 2)
-             + annotation_rows('aaaaaaaaaaa', 103, 0) + '-b_b_b_b_b_,5.005000,0,0.2,0.98765,1.0,80\n')
+    annotate(
+        world,
+        '-b_b_b_b_b_,5.005000,0.12345,0.2,0.98765,1.0,12\n'
+        + annotation_rows('aaaaaaaaaaa', 102.9, 2)
+        + annotation_rows('aaaaaaaaaaa', 103, 0)
+        + '-b_b_b_b_b_,5.005000,0,0.2,0.98765,1.0,80\n',
+    )
     done = prepare(world)
     assert (world / 'root/kinetics_train.csv').read_text() == (
         '-b_b_b_b_b__000003_000007,5,0.123,0.200,0.988,1.000,12,-1\n'
         'aaaaaaaaaaa_000100_000104,102,0.100,0.200,0.500,0.900,12,-1\n'
         'aaaaaaaaaaa_000100_000104,102,0.110,0.200,0.500,0.900,13,-1\n'
-        '-b_b_b_b_b__000003_000007,5,0.000,0.200,0.988,1.000,80,-1\n')
+        '-b_b_b_b_b__000003_000007,5,0.000,0.200,0.988,1.000,80,-1\n'
+    )
     assert '4 rows' in done.stdout and '2 of 2 annotated keyframes, on 2 clips' in done.stdout
     assert '1 keyframes without people' in done.stdout and not reasons(world)
 
 
 def test_the_most_centred_whole_clip_is_taken(world):
-    for clip in 'aaaaaaaaaaa_000100_000110', 'aaaaaaaaaaa_000103_000107', 'aaaaaaaaaaa_000105_000107':
+    for clip in (
+        'aaaaaaaaaaa_000100_000110',
+        'aaaaaaaaaaa_000103_000107',
+        'aaaaaaaaaaa_000105_000107',
+    ):
         fake_frames(world / 'root/rawframes', clip)
     annotate(world, annotation_rows('aaaaaaaaaaa', 105) + annotation_rows('aaaaaaaaaaa', 101))
     prepare(world)
     assert [row[0] for row in read_csv(world / 'root/kinetics_train.csv')] == [
-        'aaaaaaaaaaa_000100_000110', 'aaaaaaaaaaa_000100_000110']  # 105 lies in the middle of both; the first serves
+        'aaaaaaaaaaa_000100_000110',
+        'aaaaaaaaaaa_000100_000110',
+    ]  # 105 lies in the middle of both; the first serves
     (world / 'root/rawframes/aaaaaaaaaaa_000100_000110/img_00300.jpg').unlink()
     prepare(world)
-    assert [row[:2] for row in read_csv(world / 'root/kinetics_train.csv')] == [['aaaaaaaaaaa_000103_000107', '105']]
-    assert reasons(world) == {('aaaaaaaaaaa', '101'):
-                              'frames missing: 1 of 300, first img_00300.jpg in aaaaaaaaaaa_000100_000110'}
+    assert [row[:2] for row in read_csv(world / 'root/kinetics_train.csv')] == [
+        ['aaaaaaaaaaa_000103_000107', '105']
+    ]
+    assert reasons(world) == {
+        (
+            'aaaaaaaaaaa',
+            '101',
+        ): 'frames missing: 1 of 300, first img_00300.jpg in aaaaaaaaaaa_000100_000110'
+    }
 
 
 def test_other_programs_frames_and_ava_links_do_no_harm(world):
@@ -56,31 +85,50 @@ def test_other_programs_frames_and_ava_links_do_no_harm(world):
     (frames / 'broken_link').symlink_to(world / 'nowhere')
     (frames / 'aaaaaaaaaaa_000203_000207').symlink_to(world / 'nowhere')
     (frames / 'notes.txt').touch()
-    annotate(world, annotation_rows('aaaaaaaaaaa', 105) + annotation_rows('-5KQ66BBWC4', 1000)
-             + annotation_rows('aaaaaaaaaaa', 205))
+    annotate(
+        world,
+        annotation_rows('aaaaaaaaaaa', 105)
+        + annotation_rows('-5KQ66BBWC4', 1000)
+        + annotation_rows('aaaaaaaaaaa', 205),
+    )
     prepare(world)
     assert len(read_csv(world / 'root/kinetics_train.csv')) == 1
     assert reasons(world) == {
         ('-5KQ66BBWC4', '1000'): 'no clip holds this keyframe',
-        ('aaaaaaaaaaa', '205'): 'unreadable clip: No such file or directory in aaaaaaaaaaa_000203_000207'}
+        (
+            'aaaaaaaaaaa',
+            '205',
+        ): 'unreadable clip: No such file or directory in aaaaaaaaaaa_000203_000207',
+    }
 
 
-@pytest.mark.parametrize('text', [b'\xef\xbb\xbf%s', b'%s\r\n\r\n', b'"aaaaaaaaaaa","105","0.1","0.2","0.5","0.9","12"\n%s'])
+@pytest.mark.parametrize(
+    'text',
+    [b'\xef\xbb\xbf%s', b'%s\r\n\r\n', b'"aaaaaaaaaaa","105","0.1","0.2","0.5","0.9","12"\n%s'],
+)
 def test_csv_as_spreadsheets_leave_it(world, text):
     fake_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107')
     annotate(world, text % b'aaaaaaaaaaa,105.0,0.1,0.2,0.5,0.9,12')
     prepare(world)
     assert {tuple(row) for row in read_csv(world / 'root/kinetics_train.csv')} == {
-        ('aaaaaaaaaaa_000103_000107', '105', '0.100', '0.200', '0.500', '0.900', '12', '-1')}
+        ('aaaaaaaaaaa_000103_000107', '105', '0.100', '0.200', '0.500', '0.900', '12', '-1')
+    }
 
 
 def test_malformed_lines_are_reported(world):
     fake_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107')
-    annotate(world, annotation_rows('aaaaaaaaaaa', 105).encode() + b'aaaaaaaaaaa,\xff\xfe\n../../../etc,1,0,0,1,1,1\n'
-             + b'x' * 1_000_000 + b'\n')
+    annotate(
+        world,
+        annotation_rows('aaaaaaaaaaa', 105).encode()
+        + b'aaaaaaaaaaa,\xff\xfe\n../../../etc,1,0,0,1,1,1\n'
+        + b'x' * 1_000_000
+        + b'\n',
+    )
     assert '3 lines skipped' in prepare(world).stdout
-    assert [row[2].split(':')[1] for row in read_csv(world / 'root/reports/prepare_annotation_train.csv')[1:]] == [
-        ' line 2', ' line 3', ' line 4']
+    assert [
+        row[2].split(':')[1]
+        for row in read_csv(world / 'root/reports/prepare_annotation_train.csv')[1:]
+    ] == [' line 2', ' line 3', ' line 4']
     assert len(read_csv(world / 'root/kinetics_train.csv')) == 1
 
 

@@ -1,4 +1,5 @@
-"""The route without raw frames and the validation split, up to MMAction2's own data set and metric."""
+"""Without raw frames, and the validation split: up to MMAction2's own data set and metric."""
+
 import numpy as np
 import pytest
 from mmengine.registry import init_default_scope
@@ -7,23 +8,33 @@ import draw
 import sample_world
 from helpers import load, overlap, read_csv, readme_config, snapshot
 
-SCENES = {video: (number, start, size, fps) for number, (video, start, fps, size, _) in enumerate(
-    (video for videos in sample_world.SCENES.values() for video in videos), 1)}
+SCENES = {
+    video: (number, start, size, fps)
+    for number, (video, start, fps, size, _) in enumerate(
+        (video for videos in sample_world.SCENES.values() for video in videos), 1
+    )
+}
 
 
 def test_same_rows_and_same_proposals_as_from_frames(worlds):
     with_frames, without = worlds / 'data/with', worlds / 'data/ava_kinetics'
-    assert sorted(path.name for path in (without / 'rawframes').iterdir()) == sorted(sample_world.AVA_VIDEOS)
+    assert sorted(path.name for path in (without / 'rawframes').iterdir()) == sorted(
+        sample_world.AVA_VIDEOS
+    )
     for name in 'kinetics_train.csv', 'annotations/ava_train_v2.2.csv':
         assert (with_frames / name).read_bytes() == (without / name).read_bytes()
     ours, theirs = (load(root / 'kinetics_proposal.pkl') for root in (without, with_frames))
     assert ours.keys() == theirs.keys()
     for key, boxes in ours.items():
-        assert len(boxes) == len(theirs[key]) and (overlap(boxes[:, :4], theirs[key][:, :4]).max(1) > 0.95).all()
+        assert (
+            len(boxes) == len(theirs[key])
+            and (overlap(boxes[:, :4], theirs[key][:, :4]).max(1) > 0.95).all()
+        )
 
 
 def records(config, monkeypatch, mmaction2):
     from mmaction.registry import DATASETS
+
     init_default_scope('mmaction')
     monkeypatch.chdir(mmaction2)
     return DATASETS.build(config)
@@ -38,7 +49,9 @@ def test_readme_config_trains_from_clips(worlds, monkeypatch, tmp_path):
 
 
 def test_windows_out_of_clips_show_the_right_moment(worlds, monkeypatch, tmp_path):
-    config = readme_config('### Without raw frames', 0, tmp_path).train_dataloader.dataset.datasets[1]
+    config = readme_config('### Without raw frames', 0, tmp_path).train_dataloader.dataset.datasets[
+        1
+    ]
     config.pipeline = config.pipeline[:3]
     config.pipeline[1].test_mode = True
     for record in records(config, monkeypatch, worlds):
@@ -48,7 +61,9 @@ def test_windows_out_of_clips_show_the_right_moment(worlds, monkeypatch, tmp_pat
         assert abs(number / rate - (record['timestamp'] - start)) <= 0.5 / min(rate, 30) + 1e-6
         people = draw.figure_boxes(scene, record['timestamp'] - start, size)
         height, width = record['imgs'][0].shape[:2]
-        np.testing.assert_allclose(record['gt_bboxes'] / [width, height, width, height], people, atol=0.001)
+        np.testing.assert_allclose(
+            record['gt_bboxes'] / [width, height, width, height], people, atol=0.001
+        )
 
 
 def test_both_splits_live_side_by_side_and_avas_files_stay(validated):
@@ -58,19 +73,29 @@ def test_both_splits_live_side_by_side_and_avas_files_stay(validated):
     changed = {name for name in before if after.get(name) != before[name]}
     assert changed <= {'reports/extract_rgb_frames.csv'}
     assert len(list((root / 'videos').iterdir())) == 20
-    assert {'kinetics_val.csv', 'kinetics_val_proposal.pkl', 'annotations/ava_kinetics_val_v2.2.csv',
-            'annotations/ava_kinetics_dense_proposals_val.pkl', 'reports/cut_kinetics_val.csv',
-            'reports/prepare_annotation_val.csv', 'reports/fetch_proposal_val.csv',
-            'reports/merge_annotations_val.csv'} <= after.keys() - before.keys()
+    assert {
+        'kinetics_val.csv',
+        'kinetics_val_proposal.pkl',
+        'annotations/ava_kinetics_val_v2.2.csv',
+        'annotations/ava_kinetics_dense_proposals_val.pkl',
+        'reports/cut_kinetics_val.csv',
+        'reports/prepare_annotation_val.csv',
+        'reports/fetch_proposal_val.csv',
+        'reports/merge_annotations_val.csv',
+    } <= after.keys() - before.keys()
     assert len(read_csv(root / 'annotations/ava_kinetics_val_v2.2.csv')) == 60 + len(
-        read_csv(root / 'annotations/ava_val_v2.2.csv'))
+        read_csv(root / 'annotations/ava_val_v2.2.csv')
+    )
     assert len(load(root / 'annotations/ava_kinetics_dense_proposals_val.pkl')) == 31 + 6
 
 
 @pytest.mark.parametrize('number,count', [(0, 11 + 6), (1, 11)], ids=['both', 'kinetics'])
-def test_mmaction2_scores_perfect_predictions_at_one(validated, monkeypatch, tmp_path, number, count):
+def test_mmaction2_scores_perfect_predictions_at_one(
+    validated, monkeypatch, tmp_path, number, count
+):
     import torch
     from mmaction.evaluation import AVAMetric
+
     mmaction2, _ = validated
     config = readme_config('## The validation split', number, tmp_path)
     data = records(config.val_dataloader.dataset, monkeypatch, mmaction2)
@@ -82,10 +107,22 @@ def test_mmaction2_scores_perfect_predictions_at_one(validated, monkeypatch, tmp
         assert record['inputs'].shape[1] == 8
         boxes = torch.as_tensor(sample.gt_instances.bboxes).float()
         height, width = sample.img_shape
-        metric.process(None, [dict(video_id=sample.video_id, timestamp=sample.timestamp, pred_instances=dict(
-            bboxes=boxes / torch.tensor([width, height, width, height]),
-            scores=torch.as_tensor(sample.gt_instances.labels).float()))])
+        metric.process(
+            None,
+            [
+                dict(
+                    video_id=sample.video_id,
+                    timestamp=sample.timestamp,
+                    pred_instances=dict(
+                        bboxes=boxes / torch.tensor([width, height, width, height]),
+                        scores=torch.as_tensor(sample.gt_instances.labels).float(),
+                    ),
+                )
+            ],
+        )
     monkeypatch.chdir(tmp_path)
-    metric.ann_file, metric.label_file = (str(mmaction2 / path) for path in (metric.ann_file, metric.label_file))
+    metric.ann_file, metric.label_file = (
+        str(mmaction2 / path) for path in (metric.ann_file, metric.label_file)
+    )
     metric.exclude_file = metric.exclude_file and str(mmaction2 / metric.exclude_file)
     assert metric.compute_metrics(metric.results)['overall'] == pytest.approx(1)

@@ -1,4 +1,7 @@
-"""MMAction2 trains and validates on what the README's commands make: its own Runner and config, on the CPU, in small."""
+"""MMAction2 trains and validates on what the README's commands make: its own Runner and config, on
+the CPU, in small.
+"""
+
 import os
 import sys
 import types
@@ -12,12 +15,17 @@ from mmengine.runner import Runner
 import fetch_proposal
 from helpers import readme_config
 
-CONFIG = f'{mmaction.__path__[0]}/.mim/configs/detection/slowonly/slowonly_k400-pre-r50_8xb8-8x8x1-10e_ava-kinetics-rgb.py'
+CONFIG = (
+    f'{mmaction.__path__[0]}/.mim/configs/detection/slowonly/'
+    'slowonly_k400-pre-r50_8xb8-8x8x1-10e_ava-kinetics-rgb.py'
+)
 
 
 @pytest.fixture(scope='module', autouse=True)
 def importable_models():
-    """MMAction2's wheel lacks one of its localizers, its source has it; mmcv's operators are torchvision's here."""
+    """MMAction2's wheel lacks one of its localizers, its source has it; mmcv's operators are
+    torchvision's here.
+    """
     fetch_proposal.use_torchvision_operators()
     for name in 'drn', 'drn.drn':
         module = types.ModuleType(f'mmaction.models.localizers.{name}')
@@ -33,10 +41,17 @@ def shrink(config: Config, work_dir) -> Config:
     config.optim_wrapper.optimizer.lr = 0.02
     loaders = [config.train_dataloader, config.val_dataloader, config.test_dataloader]
     datasets = config.train_dataloader.dataset.get('datasets', [config.train_dataloader.dataset])
-    for pipeline in [data.pipeline for data in datasets] + [loader.dataset.pipeline for loader in loaders[1:]]:
+    for pipeline in [data.pipeline for data in datasets] + [
+        loader.dataset.pipeline for loader in loaders[1:]
+    ]:
         for step in pipeline:
-            step.update(dict(RandomRescale=dict(scale_range=(64, 80)), RandomCrop=dict(size=64),
-                             Resize=dict(scale=(-1, 64))).get(step.type, {}))
+            step.update(
+                dict(
+                    RandomRescale=dict(scale_range=(64, 80)),
+                    RandomCrop=dict(size=64),
+                    Resize=dict(scale=(-1, 64)),
+                ).get(step.type, {})
+            )
     for loader in loaders:
         loader.update(num_workers=0, persistent_workers=False)
     config.train_dataloader.batch_size = 4
@@ -48,15 +63,18 @@ def shrink(config: Config, work_dir) -> Config:
 def build(config: Config) -> Runner:
     runner = Runner.from_cfg(config)
     for module in runner.model.modules():
-        if hasattr(module, 'use_torchvision'):  # mmcv's RoIAlign: torchvision's has a backward pass on the CPU
+        if hasattr(
+            module, 'use_torchvision'
+        ):  # mmcv's RoIAlign: torchvision's has a backward pass on the CPU
             module.use_torchvision = True
     return runner
 
 
 @pytest.mark.parametrize('route', ['raw frames', 'clips'])
 def test_slowonly_trains_and_validates(validated, tmp_path, monkeypatch, route):
-    """From raw frames by MMAction2's config as it stands, from clips by the README's lines; then validated on AVA alone, on
-    Kinetics alone and on both."""
+    """From raw frames by MMAction2's config as it stands, from clips by the README's lines; then
+    validated on AVA alone, on Kinetics alone and on both.
+    """
     mmaction2, _ = validated
     monkeypatch.chdir(mmaction2)
     if route == 'clips':  # of the same folder: the frames are there, but not read
@@ -73,7 +91,11 @@ def test_slowonly_trains_and_validates(validated, tmp_path, monkeypatch, route):
     if not hasattr(np, 'NAN'):
         pytest.skip('AVAMetric needs NumPy 1, as the README says')
     for number, name in enumerate(['both', 'kinetics', 'ava']):
-        config = Config.fromfile(CONFIG) if name == 'ava' else readme_config('## The validation split', number, tmp_path)
+        config = (
+            Config.fromfile(CONFIG)
+            if name == 'ava'
+            else readme_config('## The validation split', number, tmp_path)
+        )
         tested = build(shrink(config, tmp_path / f'work {name}'))
         tested.model.load_state_dict(runner.model.state_dict())
         assert 0 <= tested.test()['mAP/overall'] <= 1

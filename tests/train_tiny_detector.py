@@ -1,8 +1,10 @@
-"""Train tests/tiny_detector.pth: `python tests/train_tiny_detector.py` (about 8 minutes on 2 cores).
+"""Train tests/tiny_detector.pth: `python tests/train_tiny_detector.py` (about 8 minutes on 2
+cores).
 
-800 steps of 8 freshly drawn pictures, AdamW, one cycle up to 2e-3; then the weights are kept in half precision (2.2 MB).
-Ends with the share of people found at IoU > 0.7 with score > 0.7 on pictures that it never saw.
-"""
+800 steps of 8 freshly drawn pictures, AdamW, one cycle up to 2e-3; then the weights are kept in
+half precision (2.2 MB). Ends with the share of people found at IoU > 0.7 with score > 0.7 on
+pictures that it never saw."""
+
 import argparse
 import pathlib
 import time
@@ -24,17 +26,23 @@ TRAIN_SCENES = 1_000_000  # scenes from here on are trained on; tests and demo d
 
 
 def draw_sample(scene: int) -> tuple[torch.Tensor, DetDataSample]:
-    """A drawn picture (3, 256, 432) uint8 BGR with its people as ground truth, compressed as a JPEG of 60 to 95."""
+    """A drawn picture (3, 256, 432) uint8 BGR with its people as ground truth, compressed as a JPEG
+    of 60 to 95.
+    """
     rng = np.random.default_rng(scene)
     width = int(rng.choice([320, 340, 426, 432, 456]))
     image, boxes = draw_frame(scene, rng.uniform(0, 10), (width, 256), int(rng.integers(300)))
-    image = cv2.imdecode(cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 96))])[1], 1)
+    image = cv2.imdecode(
+        cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 96))])[1], 1
+    )
     padded = np.zeros((SIZE[1], 480, 3), np.uint8)
     padded[:, :width] = image
     shape = image.shape[:2]
     sample = DetDataSample(metainfo=dict(img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0)))
-    sample.gt_instances = InstanceData(bboxes=torch.tensor(boxes * [width, 256, width, 256], dtype=torch.float32),
-                                       labels=torch.zeros(len(boxes), dtype=torch.long))
+    sample.gt_instances = InstanceData(
+        bboxes=torch.tensor(boxes * [width, 256, width, 256], dtype=torch.float32),
+        labels=torch.zeros(len(boxes), dtype=torch.long),
+    )
     return torch.from_numpy(padded).permute(2, 0, 1), sample
 
 
@@ -43,11 +51,15 @@ def train(steps: int) -> torch.nn.Module:
     model = init_detector(str(HERE / 'tiny_detector.py'), None, device='cpu')
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.15)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, 2e-3, total_steps=steps, pct_start=0.15
+    )
     start = time.time()
     for step in range(steps):
         images, samples = zip(*(draw_sample(TRAIN_SCENES + step * BATCH + i) for i in range(BATCH)))
-        data = model.data_preprocessor(dict(inputs=list(images), data_samples=list(samples)), training=True)
+        data = model.data_preprocessor(
+            dict(inputs=list(images), data_samples=list(samples)), training=True
+        )
         loss, logs = model.parse_losses(model(**data, mode='loss'))
         optimiser.zero_grad()
         loss.backward()
@@ -55,7 +67,10 @@ def train(steps: int) -> torch.nn.Module:
         optimiser.step()
         schedule.step()
         if step % 50 == 49:
-            print(f'step {step + 1}/{steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s', flush=True)
+            print(
+                f'step {step + 1}/{steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s',
+                flush=True,
+            )
     return model.eval()
 
 
@@ -79,8 +94,15 @@ if __name__ == '__main__':
     parser.add_argument('--steps', type=int, default=STEPS, help='training steps')
     arguments = parser.parse_args()
     detector = train(arguments.steps)
-    weights = {name: value.half() if value.is_floating_point() else value
-               for name, value in detector.state_dict().items()}
-    torch.save(dict(meta=dict(dataset_meta=dict(classes=detector.dataset_meta['classes'])), state_dict=weights),
-               HERE / 'tiny_detector.pth')
+    weights = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in detector.state_dict().items()
+    }
+    torch.save(
+        dict(
+            meta=dict(dataset_meta=dict(classes=detector.dataset_meta['classes'])),
+            state_dict=weights,
+        ),
+        HERE / 'tiny_detector.pth',
+    )
     print('found {} of {} people'.format(*recall(detector, range(500_000, 500_100))))
