@@ -1,31 +1,70 @@
-"""Where the tests find the scripts and each other, and the fixtures that they share."""
+"""Where the tests find the scripts and each other, and the worlds that they share."""
 
+import json
 import os
+import platform
 import shutil
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch  # noqa: F401, before decord: the other way round torch's convolutions crash
+from filelock import FileLock
 
 REPO = Path(__file__).parent.parent
 sys.path[:0] = [str(REPO / 'tests'), str(REPO / 'benchmarks'), str(REPO)]
 import demo  # noqa: E402
+import helpers  # noqa: E402
 import sample_world  # noqa: E402
-from helpers import TINY, run, snapshot  # noqa: E402
+from helpers import TINY, here, run, snapshot  # noqa: E402
+from job import Job, make_job  # noqa: E402
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background job ignores Ctrl-C, and so would the steps
+# a background job ignores Ctrl-C, one under nohup a lost terminal, and so would the steps
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_terminal_summary(terminalreporter):
+    versions = ', '.join(f'{name} {version(name)}' for name in ('torch', 'numpy', 'av'))
+    terminalreporter.write_line(f'on Python {platform.python_version()}, {versions}')
 
 
 @pytest.fixture(autouse=True)
 def ended_by_sigterm():
-    """A main that a test calls takes SIGTERM for Ctrl-C, with which pools that MMAction2 forks may
-    hang at their end.
-    """
+    """A main that a test calls takes SIGTERM for Ctrl-C, with which forked pools may hang."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.fixture(scope='session')
+def common(tmp_path_factory):
+    """A function that gives the folder of a name, which `make` fills once a session.
+
+    All test processes share it, so no test may change what is in there.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        base = base.parent
+
+    def folder(name: str, make) -> Path:
+        path, done = base / name, base / f'{name}.done'
+        with FileLock(base / f'{name}.lock'):
+            if not done.exists():
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir()
+                make(path)
+                done.touch()
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope='session', autouse=True)
+def drawn_videos(common):
+    """Numbered videos are encoded once a session, and copied from then on."""
+    helpers.CACHE = common('drawn', lambda folder: None)
 
 
 @pytest.fixture
@@ -36,68 +75,56 @@ def world(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope='session')
-def prepared(tmp_path_factory):
-    """$MMACTION2 of a drawn world after the README's Steps 3 to 7, and all that they printed."""
-    mmaction2 = tmp_path_factory.mktemp('prepared')
-    sample_world.draw_world(mmaction2)
-    return mmaction2, demo.run_readme(mmaction2, show=False)
+def make_world(mmaction2: Path) -> None:
+    """Draw $MMACTION2 and follow the README in it, noting what was said and what changed.
 
-
-@pytest.fixture(scope='session')
-def worlds(tmp_path_factory):
-    """$MMACTION2 prepared twice: data/with with raw frames by the README's commands,
-    data/ava_kinetics without Step 4.
+    data/ava_kinetics gets both splits with raw frames, data/without the training split without.
     """
-    mmaction2 = tmp_path_factory.mktemp('mmaction2')
+    data, place = mmaction2 / 'data', mmaction2 / 'tools/data/ava_kinetics'
+    root, notes = data / 'ava_kinetics', {}
     sample_world.draw_world(mmaction2)
-    demo.run_readme(mmaction2, show=False)
-    (mmaction2 / 'data/ava_kinetics').rename(mmaction2 / 'data/with')
-    place = dict(
-        cwd=mmaction2 / 'tools/data/ava_kinetics', env={**os.environ, 'MMACTION2': str(mmaction2)}
-    )
-    run('cut_kinetics.py', **place)
-    run('prepare_annotation.py', **place)
-    run('fetch_proposal.py', *TINY, **place)
-    shutil.copytree(mmaction2 / 'data/ava/annotations', mmaction2 / 'data/ava_kinetics/annotations')
-    run('merge_annotations.py', **place)
-    done = run('softlink_ava.py', **place)
-    assert (
-        'all 12 have their frames: ready for training, the Kinetics part from its videos'
-        in done.stdout
-    )
-    return mmaction2
+    for name in 'first', 'again':
+        notes[name] = demo.run_readme(mmaction2, show=False)
+        notes[f'after {name}'] = snapshot(root)
+    shutil.copy(root / 'report.html', mmaction2)
 
+    without, annotations = f'--avakinetics_root={data}/without', place / 'ava_kinetics_v1_0'
+    cut = [f'--avakinetics_anotation={annotations}', without]
+    run(
+        'cut_kinetics.py',
+        f'--kinetics_list={data}/kinetics700/kinetics700_train_list_videos.txt',
+        *cut,
+    )
+    run('prepare_annotation.py', *cut)
+    here('fetch_proposal.py', without, *TINY)
+    shutil.copytree(data / 'ava/annotations', data / 'without/annotations')
+    run('merge_annotations.py', without)
+    notes['without'] = run('softlink_ava.py', without, f'--ava_root={data}/ava').stdout
 
-@pytest.fixture(scope='session')
-def validated(worlds):
-    """The drawn world again as the validation split, by the README's commands, into the root with
-    raw frames.
-    """
-    mmaction2 = worlds.parent / 'val'
-    shutil.copytree(worlds, mmaction2, symlinks=True)
-    shutil.rmtree(mmaction2 / 'data/ava_kinetics')
-    (mmaction2 / 'data/with').rename(mmaction2 / 'data/ava_kinetics')
-    kinetics, place = mmaction2 / 'data/kinetics700', mmaction2 / 'tools/data/ava_kinetics'
-    (kinetics / 'videos_train').rename(kinetics / 'videos_val')
-    swap = str.maketrans('A-', 'B_')  # other videos than those of the training split
-    for path in list((kinetics / 'videos_val').rglob('*.mp4')):
-        path.rename(path.with_name(path.name[:11].translate(swap) + path.name[11:]))
-    lines = (kinetics / 'kinetics700_train_list_videos.txt').read_text().splitlines()
-    (kinetics / 'kinetics700_val_list_videos.txt').write_text(
-        ''.join(
-            f'{Path(line).parent}/{Path(line).name[:11].translate(swap)}{Path(line).name[11:]}\n'
-            for line in lines
-        )
-    )
-    rows = (place / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').read_text().splitlines()
-    (place / 'ava_kinetics_v1_0/kinetics_val_v1.0.csv').write_text(
-        ''.join(row[:11].translate(swap) + row[11:] + '\n' for row in rows)
-    )
-    before = snapshot(mmaction2 / 'data/ava_kinetics')
+    sample_world.copy_as_validation_split(mmaction2)
+    environment = {**os.environ, 'MMACTION2': str(mmaction2)}
     for line in demo.readme_commands('## The validation split')[0].strip().splitlines():
-        script, *options = (
-            line.replace('$CONFIG', TINY[0][9:]).replace('$CHECKPOINT', TINY[1][13:]).split()[1:]
-        )
-        run(script, *options, cwd=place, env={**os.environ, 'MMACTION2': str(mmaction2)})
-    return mmaction2, before
+        config, checkpoint = (option.split('=', 1)[1] for option in TINY)
+        line = line.replace('$CONFIG', config).replace('$CHECKPOINT', checkpoint)
+        script, *options = line.split()[1:]
+        run(script, *options, cwd=place, env=environment)
+    notes['after validation'] = snapshot(root)
+    (mmaction2 / 'notes.json').write_text(json.dumps(notes))
+
+
+@pytest.fixture(scope='session')
+def job(common):
+    """A small data set before and after each step: see job.py."""
+    return Job(common('job', make_job))
+
+
+@pytest.fixture(scope='session')
+def mmaction2(common):
+    """The world of `make_world`: its path, the roots in it, and its notes."""
+    path = common('mmaction2', make_world)
+    return SimpleNamespace(
+        path=path,
+        root=path / 'data/ava_kinetics',
+        without=path / 'data/without',
+        notes=json.loads((path / 'notes.json').read_text()),
+    )

@@ -63,7 +63,7 @@ def run_readme(mmaction2: Path, show: bool) -> str:
                 flush=True,
             )
         done = subprocess.run(
-            ['bash', '-ec', settings + commands],
+            ['/bin/sh', '-ec', settings + commands],
             cwd=place,
             env=environment,
             text=True,

@@ -2,23 +2,31 @@
 Kinetics-700 holds.
 """
 
+import contextlib
 import csv
 import hashlib
+import importlib
+import io
 import os
 import pickle
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+import uuid
 from fractions import Fraction
 from pathlib import Path
 
 import cv2
 import numpy as np
-import pytest
+import psutil
 
 import draw
 
 REPO = Path(__file__).parent.parent
+HOLD = str(REPO / 'tests/hold')
 TINY = [f'--config={REPO}/tests/tiny_detector.py', f'--checkpoint={REPO}/tests/tiny_detector.pth']
 
 
@@ -46,15 +54,98 @@ def errors(done: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
-def refused(main, *arguments) -> str:
-    """What a script's main function says when it ends with an error: one line.
+def here(script, *arguments, code=0) -> subprocess.CompletedProcess:
+    """What `run` does, by the script's main function in this process: Step 6 imports for 6 s."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), 'utf-8') for _ in range(2))
+    returned = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            importlib.import_module(Path(script).stem).main([str(value) for value in arguments])
+        except SystemExit as end:
+            returned = 1 if isinstance(end.code, str) else end.code
+            print(end.code if isinstance(end.code, str) else '', file=err)
+    texts = []
+    for stream in out, err:
+        stream.seek(0)
+        texts.append(stream.read())
+    done = subprocess.CompletedProcess([script, *arguments], returned, *texts)
+    assert done.returncode == code, f'{done.returncode}\n{done.stdout}\n{done.stderr}'
+    return done
 
-    In this process, since imports take seconds.
-    """
-    with pytest.raises(SystemExit) as refusal:
-        main([str(argument) for argument in arguments])
-    assert refusal.value.code.startswith('error: ') and '\n' not in refusal.value.code
-    return refusal.value.code
+
+def refused(script, *arguments) -> str:
+    """What a script says when it ends with an error: one line. In this process."""
+    return errors(here(script, *arguments, code=1))
+
+
+def said(text: str) -> list[str]:
+    """The lines of stderr but for progress bars, at whose end one may stand."""
+    lines = (re.sub(r'.*%\|[^]]*]?', '', line) for line in text.replace('\r', '\n').splitlines())
+    return [line for line in lines if line.strip()]
+
+
+def wait_until(condition, process: subprocess.Popen) -> None:
+    """Wait for what a process is about to bring about; fails where it ends before."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        if process.poll() is not None and not condition():
+            out, err = process.communicate()
+            raise AssertionError(f'ended with {process.returncode} before that: {out}{err}')
+        assert time.monotonic() < deadline, 'it did not come about within 300 s'
+        time.sleep(0.01)
+
+
+def held_environment(notes: Path, at: str, how: str = 'hold') -> dict[str, str]:
+    """The environment in which Python and its workers stop at an event: hold/sitecustomize.py."""
+    notes.mkdir(parents=True, exist_ok=True)
+    return os.environ | dict(
+        PYTHONPATH=os.pathsep.join(filter(None, [HOLD, os.environ.get('PYTHONPATH')])),
+        HOLD_AT=at,
+        HOLD_NOTES=str(notes),
+        HOLD_HOW=how,
+    )
+
+
+def held_processes(notes: Path) -> list[int]:
+    """The numbers of the processes that have come to the event."""
+    return [int(path.name) for path in notes.iterdir() if path.name != 'go']
+
+
+def start_held(command: list, notes: Path, at: str, processes: int = 1, how: str = 'hold'):
+    """Start a step in a session of its own, and wait until so many processes have come to `at`."""
+    process = subprocess.Popen(
+        command,
+        env=held_environment(notes, at, how),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until(lambda: len(held_processes(notes)) >= processes, process)
+    except AssertionError:
+        kill_tree(process)
+        raise
+    return process
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """Kill all that runs in a session that was started with this process, and wait for it."""
+    for number in signal.SIGSTOP, signal.SIGKILL:  # so that none sees another go
+        for member in session_members(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, number)
+    process.communicate()
+
+
+def session_members(session: int) -> list[int]:
+    """The processes of a session, in whatever process groups."""
+    members = []
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) == session:
+                members.append(pid)
+    return members
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -84,6 +175,7 @@ def annotation_rows(video: str, second: float, count: int = 1) -> str:
 
 
 SIZE = (160, 120)
+CACHE = None  # a folder, where encoded videos are kept for the next test
 # what a source is like where it differs from 10 s of 30 fps, H.264, mp4, without sound
 VARIANTS = {
     '15 fps': dict(fps=15),
@@ -130,7 +222,24 @@ def number_times(variant: dict) -> dict[int, float]:
 
 
 def numbered_source(path: Path, variant: dict) -> None:
-    """Encode variant['seconds'] (10) of numbered pictures; frame n is due at n / fps."""
+    """Encode variant['seconds'] (10) of numbered pictures, or copy them out of CACHE.
+
+    Frame n is due at n / fps.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if CACHE is None:
+        return encode_numbers(path, variant)
+    name = hashlib.sha256(repr(sorted(variant.items())).encode()).hexdigest()[:16]
+    drawn = CACHE / f'{name}{path.suffix}'
+    if not drawn.exists():
+        part = CACHE / f'{uuid.uuid4().hex}{path.suffix}'
+        encode_numbers(part, variant)
+        os.replace(part, drawn)
+    shutil.copyfile(drawn, path)
+
+
+def encode_numbers(path: Path, variant: dict) -> None:
+    """Encode what `numbered_source` describes."""
     size, fps = variant.get('size', SIZE), variant.get('fps', 30)
     times = number_times(variant)
 
@@ -151,7 +260,6 @@ def numbered_source(path: Path, variant: dict) -> None:
         options += ['-vf', "select='not(mod(n,3-mod(2*trunc(n/40),3)))'", '-fps_mode', 'vfr']
     if variant.get('rotate'):
         before += ['-noautorotate', '-display_rotation', '-90']
-    path.parent.mkdir(parents=True, exist_ok=True)
     stored = size[::-1] if variant.get('rotate') else size
     draw.encode(path, frames(), fps, stored, before, inputs, options)
 

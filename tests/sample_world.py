@@ -7,6 +7,7 @@ The people are drawn figures whose boxes are known; the annotations are these bo
 """
 
 import pickle
+import shutil
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -130,6 +131,26 @@ def fair_pickle(proposals: dict[str, np.ndarray]) -> bytes:
     return pickle.dumps(proposals, protocol=2).replace(
         b'numpy._core.multiarray', b'numpy.core.multiarray'
     )
+
+
+def copy_as_validation_split(mmaction2: Path) -> None:
+    """The Kinetics part once more as the validation split, under other video ids."""
+    kinetics, other = mmaction2 / 'data/kinetics700', str.maketrans('A-', 'B_')
+
+    def renamed(name: str) -> str:
+        return name[:11].translate(other) + name[11:]
+
+    for path in (kinetics / 'videos_train').rglob('*.mp4'):
+        folder = kinetics / 'videos_val' / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / renamed(path.name))
+    lines = (kinetics / 'kinetics700_train_list_videos.txt').read_text().splitlines()
+    (kinetics / 'kinetics700_val_list_videos.txt').write_text(
+        ''.join(f'{Path(line).parent}/{renamed(Path(line).name)}\n' for line in lines)
+    )
+    notes = mmaction2 / 'tools/data/ava_kinetics/ava_kinetics_v1_0'
+    rows = (notes / 'kinetics_train_v1.0.csv').read_text().splitlines()
+    (notes / 'kinetics_val_v1.0.csv').write_text(''.join(renamed(row) + '\n' for row in rows))
 
 
 def draw_world(mmaction2: Path) -> None:
