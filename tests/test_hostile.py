@@ -854,7 +854,7 @@ CONFIGS = {
 def test_configs(fetched, tmp_path, name):
     (tmp_path / 'config.py').write_text(CONFIGS[name])
     message = refused(
-        fetch_proposal.main,
+        'fetch_proposal.py',
         f'--avakinetics_root={fetched[0]}',
         f'--picklepath={tmp_path}/x.pkl',
         f'--config={tmp_path}/config.py',
@@ -884,7 +884,7 @@ def test_checkpoints(fetched, tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'x.pth').write_bytes(checkpoints(tmp_path)[name])
     message = refused(
-        fetch_proposal.main,
+        'fetch_proposal.py',
         f'--avakinetics_root={fetched[0]}',
         f'--picklepath={tmp_path}/x.pkl',
         TINY[0],
