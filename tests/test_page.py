@@ -33,8 +33,8 @@ PROBE = """<script>addEventListener('load', () => {
 
 
 @pytest.fixture
-def root(prepared):
-    return prepared[0] / 'data/ava_kinetics'
+def root(mmaction2):
+    return mmaction2.root
 
 
 def test_numbers_are_those_of_the_files(root):

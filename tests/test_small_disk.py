@@ -6,7 +6,7 @@ from mmengine.registry import init_default_scope
 
 import draw
 import sample_world
-from helpers import load, overlap, read_csv, readme_config, snapshot
+from helpers import load, overlap, read_csv, readme_config
 
 SCENES = {
     video: (number, start, size, fps)
@@ -16,8 +16,9 @@ SCENES = {
 }
 
 
-def test_same_rows_and_same_proposals_as_from_frames(worlds):
-    with_frames, without = worlds / 'data/with', worlds / 'data/ava_kinetics'
+def test_same_rows_and_same_proposals_as_from_frames(mmaction2):
+    with_frames, without, said = mmaction2.root, mmaction2.without, mmaction2.notes['without']
+    assert 'all 12 have their frames: ready for training, the Kinetics part from its videos' in said
     assert sorted(path.name for path in (without / 'rawframes').iterdir()) == sorted(
         sample_world.AVA_VIDEOS
     )
@@ -40,21 +41,21 @@ def records(config, monkeypatch, mmaction2):
     return DATASETS.build(config)
 
 
-def test_readme_config_trains_from_clips(worlds, monkeypatch, tmp_path):
+def test_readme_config_trains_from_clips(mmaction2, monkeypatch, tmp_path):
     config = readme_config('### Without raw frames', 0, tmp_path)
-    data = records(config.train_dataloader.dataset, monkeypatch, worlds)
+    data = records(config.train_dataloader.dataset, monkeypatch, mmaction2.path)
     assert len(data) == 11 + 5
     for record in data:
         assert record['inputs'].shape[1] == 8 and len(record['data_samples'].gt_instances)
 
 
-def test_windows_out_of_clips_show_the_right_moment(worlds, monkeypatch, tmp_path):
+def test_windows_out_of_clips_show_the_right_moment(mmaction2, monkeypatch, tmp_path):
     config = readme_config('### Without raw frames', 0, tmp_path).train_dataloader.dataset.datasets[
         1
     ]
     config.pipeline = config.pipeline[:3]
     config.pipeline[1].test_mode = True
-    for record in records(config, monkeypatch, worlds):
+    for record in records(config, monkeypatch, mmaction2.path):
         scene, start, size, fps = SCENES[record['video_id'][:11]]
         rate = float(sample_world.Fraction(fps))
         number = draw.read_stamp(record['imgs'][4][..., ::-1])
@@ -66,10 +67,9 @@ def test_windows_out_of_clips_show_the_right_moment(worlds, monkeypatch, tmp_pat
         )
 
 
-def test_both_splits_live_side_by_side_and_avas_files_stay(validated):
-    mmaction2, before = validated
-    root = mmaction2 / 'data/ava_kinetics'
-    after = snapshot(root)
+def test_both_splits_live_side_by_side_and_avas_files_stay(mmaction2):
+    root, notes = mmaction2.root, mmaction2.notes
+    before, after = notes['after again'], notes['after validation']
     changed = {name for name in before if after.get(name) != before[name]}
     assert changed <= {'reports/extract_rgb_frames.csv'}
     assert len(list((root / 'videos').iterdir())) == 20
@@ -91,14 +91,13 @@ def test_both_splits_live_side_by_side_and_avas_files_stay(validated):
 
 @pytest.mark.parametrize('number,count', [(0, 11 + 6), (1, 11)], ids=['both', 'kinetics'])
 def test_mmaction2_scores_perfect_predictions_at_one(
-    validated, monkeypatch, tmp_path, number, count
+    mmaction2, monkeypatch, tmp_path, number, count
 ):
     import torch
     from mmaction.evaluation import AVAMetric
 
-    mmaction2, _ = validated
     config = readme_config('## The validation split', number, tmp_path)
-    data = records(config.val_dataloader.dataset, monkeypatch, mmaction2)
+    data = records(config.val_dataloader.dataset, monkeypatch, mmaction2.path)
     assert len(data) == count
     evaluator = {key: value for key, value in config.val_evaluator.items() if key != 'type'}
     metric = AVAMetric(**evaluator)
@@ -122,7 +121,7 @@ def test_mmaction2_scores_perfect_predictions_at_one(
         )
     monkeypatch.chdir(tmp_path)
     metric.ann_file, metric.label_file = (
-        str(mmaction2 / path) for path in (metric.ann_file, metric.label_file)
+        str(mmaction2.path / path) for path in (metric.ann_file, metric.label_file)
     )
-    metric.exclude_file = metric.exclude_file and str(mmaction2 / metric.exclude_file)
+    metric.exclude_file = metric.exclude_file and str(mmaction2.path / metric.exclude_file)
     assert metric.compute_metrics(metric.results)['overall'] == pytest.approx(1)
