@@ -13,7 +13,9 @@ demo: .venv/ready
 	$(BIN)/python tests/demo.py
 
 test: .venv/ready-for-tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 tests
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

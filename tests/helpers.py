@@ -54,11 +54,11 @@ def errors(done: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
-def here(script, *arguments, code=0) -> subprocess.CompletedProcess:
-    """What `run` does, by the script's main function in this process: Step 6 imports for 6 s."""
+def here(script, *arguments, code=0, cwd='.') -> subprocess.CompletedProcess:
+    """What `run` does, in this process, which saves 1 to 6 s of imports."""
     out, err = (io.TextIOWrapper(io.BytesIO(), 'utf-8') for _ in range(2))
     returned = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(cwd):
         try:
             importlib.import_module(Path(script).stem).main([str(value) for value in arguments])
         except SystemExit as end:

@@ -12,7 +12,7 @@ import decord
 import pytest
 
 import draw
-from helpers import annotation_rows, clip_frames, errors, numbered_source, read_csv, run, snapshot
+from helpers import annotation_rows, clip_frames, errors, here, numbered_source, read_csv, snapshot
 
 SOURCES = {
     'a b (c)/aaaaaaaaaaa_000100_000110.mp4': {},
@@ -49,7 +49,7 @@ def kinetics(tmp_path_factory):
     )
     (folder / 'notes').mkdir()
     (folder / 'notes/kinetics_train_v1.0.csv').write_text(ROWS)
-    run(
+    here(
         'cut_kinetics.py',
         f'--avakinetics_anotation={folder}/notes',
         f'--kinetics_list={folder}/list.txt',
@@ -86,7 +86,7 @@ def archives(kinetics, tmp_path):
 
 
 def cut(kinetics, root, *options, **kwargs):
-    return run(
+    return here(
         'cut_kinetics.py',
         f'--avakinetics_anotation={kinetics}/notes',
         f'--avakinetics_root={root}',

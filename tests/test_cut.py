@@ -10,15 +10,16 @@ import pytest
 
 import draw
 from helpers import (
+    run,
     SIZE,
     VARIANTS,
     annotation_rows,
     clip_frames,
     errors,
+    here,
     number_times,
     numbered_source,
     read_csv,
-    run,
     snapshot,
 )
 
@@ -69,7 +70,7 @@ def matrix(tmp_path_factory):
 
 
 def cut(folder, *options, **kwargs):
-    return run(
+    return here(
         'cut_kinetics.py',
         f'--avakinetics_anotation={folder}/ava_kinetics_v1_0',
         f'--kinetics_list={folder}/kinetics700/list.txt',
@@ -153,7 +154,7 @@ def test_colours_reach_the_frames(world, matrix_name, tagged):
     )
     make(world, {}, annotation_rows('aaaaaaaaaaa', 1), [str(path)])
     cut(world)
-    run('extract_rgb_frames.py', f'--avakinetics_root={world}/root')
+    here('extract_rgb_frames.py', f'--avakinetics_root={world}/root')
     frame = cv2.imread(
         str(world / 'root/rawframes/aaaaaaaaaaa_000000_000003/img_00031.jpg')
     ).astype(int)
@@ -336,7 +337,7 @@ def test_paths_are_found_from_every_documented_place(world):
 
 def test_the_right_spelling_and_the_documented_defaults_work(world):
     make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': {}}, annotation_rows('aaaaaaaaaaa', 105))
-    run(
+    here(
         'cut_kinetics.py',
         f'--avakinetics_annotation={world}/ava_kinetics_v1_0',
         f'--kinetics_list={world}/kinetics700/list.txt',

@@ -10,7 +10,7 @@ import pytest
 
 import damage
 import draw
-from helpers import annotation_rows, clip_frames, numbered_source, read_csv, run
+from helpers import annotation_rows, clip_frames, here, numbered_source, read_csv
 
 ONE_KEY_FRAME = dict(options=('-preset', 'medium', '-g', '250'))
 KEY_FRAME_A_SECOND = dict(options=('-preset', 'medium', '-g', '30', '-sc_threshold', '0'))
@@ -36,7 +36,7 @@ def cut(
             for name in files:
                 tar.add(folder / 'videos' / name, name)
         source = ['--kinetics_archives', folder / 'all.tar']
-    run(
+    here(
         'cut_kinetics.py',
         f'--avakinetics_anotation={folder}/notes',
         *source,
@@ -150,7 +150,7 @@ def test_another_copy_takes_the_place_of_a_damaged_one(tmp_path):
         'a/aaaaaaaaaaa_000000_000010.mp4\nb/aaaaaaaaaaa_000000_000010.mp4\n'
     )
     (tmp_path / 'notes/kinetics_train_v1.0.csv').write_text(annotation_rows('aaaaaaaaaaa', 7))
-    run(
+    here(
         'cut_kinetics.py',
         f'--avakinetics_anotation={tmp_path}/notes',
         f'--kinetics_list={tmp_path}/list.txt',

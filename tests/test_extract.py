@@ -9,7 +9,7 @@ import pytest
 
 import draw
 import extract_rgb_frames
-from helpers import errors, numbered_source, read_csv, run, snapshot
+from helpers import errors, here, numbered_source, read_csv, snapshot
 
 
 def make_clip(root, name, seconds=2, **variant):
@@ -28,7 +28,7 @@ def root(tmp_path):
 
 
 def test_frames_are_the_clips(root):
-    done = run('extract_rgb_frames.py', f'--avakinetics_root={root}', '--num_workers=2')
+    done = here('extract_rgb_frames.py', f'--avakinetics_root={root}', '--num_workers=2')
     assert '2 of 2 clips' in done.stdout and '2 extracted now' in done.stdout
     for clip in '-a_b-c_d-e__000010_000012', 'Zz_00-AbCdE_000000_000002':
         frames = root / 'rawframes' / clip
@@ -46,7 +46,7 @@ def test_quality_is_that_of_q2(root, tmp_path):
     frames = [cv2.resize(image, (320, 240), interpolation=cv2.INTER_CUBIC) for image in noise]
     clip = root / 'videos/QqQqQqQqQqQ_000000_000001.mp4'
     draw.encode(clip, frames, 30, (320, 240), options=['-crf', '10'])
-    run('extract_rgb_frames.py', f'--avakinetics_root={root}')
+    here('extract_rgb_frames.py', f'--avakinetics_root={root}')
     subprocess.run(
         [draw.FFMPEG, '-v', 'error', '-i', str(clip), '-q:v', '2', str(tmp_path / '%05d.jpg')],
         check=True,
@@ -65,21 +65,21 @@ def test_quality_is_that_of_q2(root, tmp_path):
 
 
 def test_second_run_changes_nothing_and_incomplete_folders_are_redone(root):
-    run('extract_rgb_frames.py', f'--avakinetics_root={root}')
+    here('extract_rgb_frames.py', f'--avakinetics_root={root}')
     before = snapshot(root)
     assert (
         '0 extracted now, 2 there already'
-        in run('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout
+        in here('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout
     )
     assert snapshot(root) == before
     (root / 'rawframes/-a_b-c_d-e__000010_000012/img_00031.jpg').unlink()
     assert (
         '1 extracted now, 1 there already'
-        in run('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout
+        in here('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout
     )
     assert snapshot(root) == before
     (root / 'rawframes/-a_b-c_d-e__000010_000012/img_00031.jpg').write_bytes(b'spoilt')
-    run('extract_rgb_frames.py', f'--avakinetics_root={root}', '--overwrite')
+    here('extract_rgb_frames.py', f'--avakinetics_root={root}', '--overwrite')
     assert snapshot(root) == before
 
 
@@ -87,7 +87,7 @@ def test_bad_clips_cost_themselves_only(root):
     make_clip(root, 'SHORT-SHORT_000000_000003')  # two seconds under a name of three
     (root / 'videos/EMPTY-EMPTY_000000_000002.mp4').touch()
     (root / 'videos/notes.txt').write_text('mine')
-    done = run('extract_rgb_frames.py', f'--avakinetics_root={root}')
+    done = here('extract_rgb_frames.py', f'--avakinetics_root={root}')
     assert '2 of 4 clips' in done.stdout
     rows = dict(read_csv(root / 'reports/extract_rgb_frames.csv'))
     assert (
@@ -101,15 +101,15 @@ def test_bad_clips_cost_themselves_only(root):
 
 def test_errors_say_what_to_do(tmp_path):
     assert 'do Step 3' in errors(
-        run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/none', code=1)
+        here('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/none', code=1)
     )
     (tmp_path / 'bare/videos').mkdir(parents=True)
     assert 'do Step 3' in errors(
-        run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1)
+        here('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1)
     )
     (tmp_path / 'bare/videos/EMPTY-EMPTY_000000_000002.mp4').touch()
     assert 'not one clip' in errors(
-        run('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1)
+        here('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1)
     )
 
 

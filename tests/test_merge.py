@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import sample_world
-from helpers import errors, fake_frames, load, numbered_source, read_csv, run, snapshot
+from helpers import errors, fake_frames, here, load, numbered_source, read_csv, run, snapshot
 
 CSV, PICKLE = (
     'annotations/ava_train_v2.2.csv',
@@ -250,12 +250,12 @@ def worlds(root, tmp_path):
 
 
 def link(root, ava, **kwargs):
-    return run('softlink_ava.py', f'--avakinetics_root={root}', f'--ava_root={ava}', **kwargs)
+    return here('softlink_ava.py', f'--avakinetics_root={root}', f'--ava_root={ava}', **kwargs)
 
 
 def test_links_are_absolute_and_a_second_run_changes_nothing(worlds, tmp_path):
     root, ava = worlds
-    done = run('softlink_ava.py', '--avakinetics_root=root', '--ava_root=ava', cwd=tmp_path)
+    done = here('softlink_ava.py', '--avakinetics_root=root', '--ava_root=ava', cwd=tmp_path)
     assert os.readlink(root / 'rawframes/-5KQ66BBWC4') == f'{ava}/rawframes/-5KQ66BBWC4'
     assert (
         '2 linked now' in done.stdout

@@ -2,11 +2,11 @@
 
 import pytest
 
-from helpers import annotation_rows, fake_frames, errors, read_csv, run, snapshot
+from helpers import annotation_rows, errors, fake_frames, here, read_csv, snapshot
 
 
 def prepare(world, *options, **kwargs):
-    return run(
+    return here(
         'prepare_annotation.py',
         f'--avakinetics_anotation={world}/ava_kinetics_v1_0',
         f'--avakinetics_root={world}/root',
