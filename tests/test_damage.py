@@ -236,7 +236,7 @@ def test_no_clip_out_of_a_randomly_damaged_video_shows_a_wrong_time_unreported(
     tmp_path, pair, archive
 ):
     """A part of benchmarks/damage.py."""
-    variant, chance = damage.PAIRS[pair], random.Random(pair)
+    variant, chance = damage.PAIRS[pair], random.Random(f'{pair} 1')
     content, sources = drawn(tmp_path, variant), {}
     kinds = ['zeros', 'noise', 'bytes', 'cut off'] + ['lost packets'] * ('ts' in pair)
     for index in range(20):
