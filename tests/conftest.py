@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch  # noqa: F401, before decord: the other way round torch's convolutions crash
 from filelock import FileLock
+from hypothesis import settings
 
 REPO = Path(__file__).parent.parent
 sys.path[:0] = [str(REPO / 'tests'), str(REPO / 'benchmarks'), str(REPO)]
@@ -25,6 +26,9 @@ from job import Job, make_job  # noqa: E402
 # a background job ignores Ctrl-C, one under nohup a lost terminal, and so would the steps
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+settings.register_profile('the same examples every time', derandomize=True, deadline=None)
+settings.load_profile('the same examples every time')
 
 
 def pytest_terminal_summary(terminalreporter):

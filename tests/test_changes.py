@@ -302,7 +302,7 @@ def test_a_short_machine_is_no_fault_of_the_video(job):
     again.
     """
     (job / 'ffmpeg').write_text(
-        f'#!/bin/bash\n[ $1 = -version ] || ulimit -v 230000\nexec {get_ffmpeg_exe()} "$@"\n'
+        f'#!/bin/sh\n[ $1 = -version ] || ulimit -v 230000\nexec {get_ffmpeg_exe()} "$@"\n'
     )
     (job / 'ffmpeg').chmod(0o755)
     with tarfile.open(job / 'k.tar', 'w') as tar:

@@ -39,7 +39,6 @@ keyframes = st.sets(st.integers(0, 75), min_size=1, max_size=12).map(
 
 
 @given(sources, keyframes)
-@settings(deadline=None)
 def test_every_second_is_planned_once_in_the_source_where_it_is_most_centred(found, wanted):
     covered, clips = cut_kinetics.plan_clips(wanted, found)
     assert covered.second.is_unique
@@ -63,7 +62,7 @@ def test_every_second_is_planned_once_in_the_source_where_it_is_most_centred(fou
 
 
 @given(sources, keyframes, st.sets(st.integers(0, 5)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_second_is_in_a_clip_that_step_5_finds_or_in_one_report_row(found, wanted, broken):
     found.loc[found.index.isin(broken), 'reason'] = 'unreadable'
     working = found[found.reason == '']
@@ -105,7 +104,6 @@ def test_names_parse_back(video, start, length):
 
 
 @given(st.lists(st.text(max_size=60) | st.sampled_from(GOOD_LINES), max_size=6))
-@settings(deadline=None)
 def test_lines_of_annotations_are_rows_or_problems(lines):
     """In any company; Steps 3 and 5 agree on them."""
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +127,6 @@ def test_lines_of_annotations_are_rows_or_problems(lines):
 
 
 @given(st.lists(st.text(max_size=60) | st.sampled_from(GOOD_LINES), max_size=6), st.integers(1, 60))
-@settings(deadline=None)
 def test_annotations_are_the_same_in_blocks_of_any_size(lines, block):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'rows.csv'
