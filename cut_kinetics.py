@@ -397,7 +397,8 @@ def cut_command(
     which holds a frame until the next one is due, takes the nearest frame on either side, at any
     frame rate. Source time 0 is the container's start, or the first picture where that follows
     within MAX_LEAD_S. A gap between pictures that leaves frames of the clip without one within
-    MAX_OFF_S is printed, as two times, among the errors (level 16)."""
+    MAX_OFF_S is printed, as two times, among the errors (level 16).
+    """
     before, far = 'if(isnan(PREV_INT),0,PREV_INT)', MAX_OFF_S
     gap = (
         f'gt(T-{before},if(isnan(PREV_INT),{far},{2 * far}))*gt(T-{far},{offset})'
@@ -455,7 +456,8 @@ def find_damage(video: Path, start: int, end: int, words: str) -> str | None:
     are `words`; else None.
 
     An error shows in no picture before its packet's decoding time, and in none after the next key
-    frame."""
+    frame.
+    """
     import av
 
     fault, seen = None, False
@@ -618,7 +620,8 @@ def cut_archive(
     Returns what the ledger notes: what tells the archive from others (name, size, modification time
     or ETag), the videos in it, those that cannot be used with their reasons, the clips made and
     spoilt now, and what stopped it. A `known` archive is not read; `only` these clips are made, if
-    any are given, although they are there."""
+    any are given, although they are there.
+    """
     import aiohttp
     import fsspec
     import tenacity
@@ -828,7 +831,8 @@ def note_options(args: argparse.Namespace) -> float:
     older clips stale.
 
     Returns the modification time (s) before which clips are stale, as the clock of their file
-    system has it."""
+    system has it.
+    """
     videos, note = (
         args.avakinetics_root / 'videos',
         args.avakinetics_root / 'reports/cut_kinetics_options.json',
@@ -997,7 +1001,8 @@ def cut_archives(
     and on archives.
 
     A ledger says what is in the archives that were read; those whose clips are all there are not
-    read again."""
+    read again.
+    """
     entries, order, made, spoilt, problems = [], {}, {}, set(), []
     ledger = args.avakinetics_root / f'reports/cut_kinetics_{args.split}_archives.jsonl'
     for line in ledger.read_text(errors='replace').splitlines() if ledger.is_file() else ():

@@ -366,7 +366,8 @@ def use_torchvision_operators() -> bool:
     Every wheel of torchvision has them for the CPU and for CUDA, and they read any memory layout
     right, whereas mmcv's assume NCHW. Deformable attention is PyTorch's. All others are those of a
     built mmcv or, where there is none, raise NotImplementedError. Returns whether there is a built
-    mmcv."""
+    mmcv.
+    """
     from torchvision.ops import nms, roi_align
 
     try:
@@ -736,7 +737,8 @@ def detect(frames: list[Frame], options: Options) -> Iterator[tuple[str, np.ndar
     order.
 
     Frames go through the detector with others that are padded to the same size, so that none gets
-    more padding than it would alone. A RuntimeError says on which frame the detector failed."""
+    more padding than it would alone. A RuntimeError says on which frame the detector failed.
+    """
     import torch
 
     device = options.device or ('cuda:0' if torch.cuda.is_available() else 'cpu')
@@ -909,7 +911,8 @@ def read_detections(path: Path, identity: str, score_thr: float) -> dict[tuple, 
 
     The file holds JSON lines: one for a detector and its least score, then one for each frame that
     it was run on, again and again. A line that a kill or a full disk has cut counts for nothing,
-    nor do those up to the next detector's."""
+    nor do those up to the next detector's.
+    """
     known, ours = {}, False
     if path.exists():
         with open(path, encoding='utf-8', errors='replace') as file:
@@ -942,7 +945,8 @@ def write_proposals(path: Path, proposals: dict[str, np.ndarray], made_of: str) 
     left as it is.
 
     A trailer, which unpicklers ignore, says of which list they were made: Step 7 merges them with
-    no other."""
+    no other.
+    """
     buffer = io.BytesIO()
     Pickler(buffer, protocol=4).dump(dict(sorted(proposals.items())))
     buffer.write(f'\nmade of {made_of}\n'.encode())

@@ -198,7 +198,8 @@ def merge(
     came of it.
 
     Each argument is a csv of annotations and a pickle of proposals: of Kinetics, AVA's own, and
-    where the merged ones go."""
+    where the merged ones go.
+    """
     with contextlib.suppress(OSError):  # some file servers have no locks
         fcntl.flock(
             os.open(merged[0].parent, os.O_RDONLY), fcntl.LOCK_EX

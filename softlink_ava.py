@@ -7,8 +7,9 @@ alone. Then all that training reads is looked up: the files in ROOT/annotations,
 each annotated clip, or its video where there are no raw frames of Kinetics. What is missing is in
 ROOT/reports/softlink_ava.csv. ROOT/report.html shows the whole: numbers, plots, keyframes.
 
-python3 softlink_ava.py --avakinetics_root=$MMACTION2/data/ava_kinetics
---ava_root=$MMACTION2/data/ava"""
+    python3 softlink_ava.py --avakinetics_root=$MMACTION2/data/ava_kinetics \\
+        --ava_root=$MMACTION2/data/ava
+"""
 
 import argparse
 import base64

@@ -1,12 +1,12 @@
-"""Where every annotated keyframe ends up: Steps 3 and 5 on real annotations and the real list, with
-empty clips and frames.
+"""Where every annotated keyframe ends up: Steps 3 and 5 on real annotations and empty clips.
 
-python benchmarks/accounting.py kinetics_val_v1.0.csv kinetics-700_val.csv FOLDER     # FOLDER is
-emptied
+    python benchmarks/accounting.py kinetics_val_v1.0.csv kinetics-700_val.csv FOLDER
 
+FOLDER is emptied.
 The first is an AVA-Kinetics csv, the second Kinetics-700's
 (label,youtube_id,time_start,time_end,split). Every clip that Step 3 plans is made of empty files,
-as if all videos had been there, so that what is left out is left out by the planning."""
+as if all videos had been there, so that what is left out is left out by the planning.
+"""
 
 import csv
 import os

@@ -4,7 +4,8 @@ growing size.
     python benchmarks/archives.py VIDEO...
 
 Every fifth member of the archive is wanted, as in Kinetics-700 about one video in five is
-annotated."""
+annotated.
+"""
 
 import os
 import subprocess

@@ -5,7 +5,8 @@ of one thread.
 
 Prints seconds a clip (Step 6: a frame), medians of several rounds in turn. Starting the script is
 in the figures, starting the cluster is not. Step 6 uses the tests' tiny detector, one thread a
-worker on both sides."""
+worker on both sides.
+"""
 
 import argparse
 import json

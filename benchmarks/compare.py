@@ -1,14 +1,14 @@
-"""These scripts and MMAction2's own, side by side: Steps 3 to 5 on real videos, in turn, several
-rounds.
+"""These scripts and MMAction2's own, side by side: Steps 3 to 5 on real videos, in turn.
 
-python benchmarks/compare.py --videos FOLDER --annotations kinetics_val_v1.0.csv --kinetics
-kinetics-700_val.csv
+    python benchmarks/compare.py --videos FOLDER --annotations kinetics_val_v1.0.csv \\
+        --kinetics kinetics-700_val.csv
 
 The videos get real names and annotations: each line of Kinetics-700's csv
 (label,youtube_id,time_start,time_end,split) whose video is annotated takes one of them. MMAction2's
 scripts run as they come in its wheel, with the ffmpeg on PATH, and spaces in class names replaced
 by underscores as its documentation asks. Times are per clip that came out. Needs what the tests
-need, and an idle machine: CPU time is that of the whole machine."""
+need, and an idle machine: CPU time is that of the whole machine.
+"""
 
 import argparse
 import csv
@@ -164,7 +164,8 @@ def quality(job: Path, root: Path) -> dict[str, float]:
     is missing.
 
     Each tenth frame is compared with the best of the source's five frames around its time, so that
-    a shift in time does not count as a loss of quality."""
+    a shift in time does not count as a loss of quality.
+    """
     similar, psnr, complete = [], [], 0
     sources = {path.name[:11]: path for path in (job / 'videos_train').rglob('*.mp4')}
     clips = sorted((root / 'videos').glob('*.mp4'))

@@ -7,7 +7,8 @@ Draws ten-second videos with a number in every frame, damages copies of them at 
 noise, single bytes, a cut-off end, lost packets of a transport stream), DAMAGES (default: 40) for
 each codec and container, and runs cut_kinetics.py on all of them, from a list and from an archive.
 A clip is wrong where a frame shows a number that is more than 0.75 s off, and spoilt where a frame
-is below 25 dB of the picture of its number, or shows none."""
+is below 25 dB of the picture of its number, or shows none.
+"""
 
 import csv
 import random

@@ -4,7 +4,8 @@
 
 Takes a real AVA-Kinetics csv and Kinetics-700's own csv
 (label,youtube_id,time_start,time_end,split), makes the list of videos of it, and repeats both under
-other ids up to 540,000 list lines, the size of the training set."""
+other ids up to 540,000 list lines, the size of the training set.
+"""
 
 import csv
 import multiprocessing

@@ -1,15 +1,15 @@
-"""Frames a second of a plain loop over mmdet's inference_detector and of fetch_proposal.py in
-several settings, in one run.
+"""Frames a second of a plain loop over mmdet's inference_detector and of fetch_proposal.py.
 
-python benchmarks/proposals.py                                        # the documented detector,
-random weights python benchmarks/proposals.py --config tests/tiny_detector.py --checkpoint
-tests/tiny_detector.pth
+    python benchmarks/proposals.py    # the documented detector, random weights
+    python benchmarks/proposals.py --config tests/tiny_detector.py \\
+        --checkpoint tests/tiny_detector.pth
 
 Same frames, same weights, same device; every figure is the median of several rounds. On a GPU it
 also gives how busy the GPU was and which share of the arithmetic limit (the rate of a large matrix
 product) was reached. The boxes of every setting are compared with the loop's. Frames are drawn;
 random weights are biased so that there are boxes. Needs what requirements.txt installs, no
-compiler."""
+compiler.
+"""
 
 import argparse
 import contextlib

@@ -1,11 +1,12 @@
 """A second run over finished work, and Step 5, at sizes up to that of the real data set.
 
-python benchmarks/scale.py FOLDER [CLIPS ...]     # FOLDER on a disk with room for 12 million names;
-it is emptied
+    python benchmarks/scale.py FOLDER [CLIPS ...]
 
-Sources and clips are empty files, the 120 frames of a clip hard links to files of one byte. Prints
-seconds and the main process's memory of Step 3 and Step 4 (all there already), of Step 5, of
-MMAction2's own Step 5, which counts the files of each folder, and of Step 7."""
+FOLDER is emptied; its disk needs room for 12 million names. Sources and clips are empty files, the
+120 frames of a clip hard links to files of one byte. Prints seconds and the main process's memory
+of Step 3 and Step 4 (all there already), of Step 5, of MMAction2's own Step 5, which counts the
+files of each folder, and of Step 7.
+"""
 
 import importlib.util
 import os

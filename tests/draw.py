@@ -3,7 +3,8 @@ frame.
 
 Every picture is a pure function of (scene, time), so whoever holds a frame can tell which one it
 should be: `stamp` writes the frame's number as a bar of black and white cells that survives
-compression, `read_stamp` reads it back, and `figure_boxes` says where the drawn people stand."""
+compression, `read_stamp` reads it back, and `figure_boxes` says where the drawn people stand.
+"""
 
 import subprocess
 
@@ -160,7 +161,8 @@ def encode(path, frames, fps, size: tuple[int, int], before=(), inputs=(), optio
     """Encode BGR frames at `fps` (a number or 'n/d') as H.264 into `path`.
 
     `before` goes before the pictures' input, `inputs` are further inputs, `options` come last and
-    win."""
+    win.
+    """
     command = [
         FFMPEG,
         '-v',

@@ -3,7 +3,8 @@ tests/fuzz_readers.py SECONDS`.
 
 Not part of the tests: pip install atheris. Every reader is given bytes that atheris makes up from
 good examples; a reader may refuse them by what it documents, anything else is a find and ends the
-run with the input in the working directory."""
+run with the input in the working directory.
+"""
 
 import contextlib
 import os

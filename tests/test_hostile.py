@@ -2,7 +2,8 @@
 and the good items done.
 
 The cases stand in tables, a name each; all cases of a table go through one run together with good
-items, and every case is then looked up on its own."""
+items, and every case is then looked up on its own.
+"""
 
 import io
 import os

@@ -2,7 +2,8 @@
 instead of 127.
 
 Trained by train_tiny_detector.py on drawn figures, it makes the demo's and the tests' proposals
-real detections."""
+real detections.
+"""
 
 _base_ = '../X-101-64x4d-FPN.py'
 

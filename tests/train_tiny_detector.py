@@ -3,7 +3,8 @@ cores).
 
 800 steps of 8 freshly drawn pictures, AdamW, one cycle up to 2e-3; then the weights are kept in
 half precision (2.2 MB). Ends with the share of people found at IoU > 0.7 with score > 0.7 on
-pictures that it never saw."""
+pictures that it never saw.
+"""
 
 import argparse
 import pathlib
