@@ -18,11 +18,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers import here, held_processes, kill_tree, run, said, snapshot, start_held
+from helpers import (
+    here,
+    held_environment,
+    held_processes,
+    kill_tree,
+    run,
+    said,
+    snapshot,
+    start_held,
+)
 from job import STEPS, assert_undisturbed, assert_whole
 
 INTERRUPTED = ['interrupted; run the same command again']
-HALF_A_CLIP = r'open .*/img_00030\.jpg$'
+HALF_A_CLIP = r'write .*/img_00030\.jpg$'
 CLIPS = [r'/videos/[^/]*\.mp4$', r'/videos/00000000004_']
 # step -> where it is held while it works, and how many processes get there: two workers, or one
 WORKING = {
@@ -71,6 +80,19 @@ def test_killed_at_every_stage_and_the_next_run_mends_all(job, step, tmp_path):
         assert process.returncode == -signal.SIGKILL
         assert_whole(job, step, root)
     finish(job, step, root)
+
+
+# logs that runs add lines to; hidden folders and *.part are where all else is written
+WRITTEN_IN_PLACE = r'write {root}/(?!.*(/\.|\.part$|archives\.jsonl$|\.frames\.jsonl$))'
+
+
+@pytest.mark.parametrize('step', STEPS)
+def test_no_file_is_written_under_its_final_name(job, step, tmp_path):
+    root, notes = copy_before(job, step, tmp_path), tmp_path / 'notes'
+    at = WRITTEN_IN_PLACE.format(root=re.escape(str(root)))
+    environment = held_environment(notes, at, how='note')
+    subprocess.run(job.command(step, root), env=environment, check=True, capture_output=True)
+    assert held_processes(notes) == []
 
 
 @pytest.mark.parametrize('step', STEPS)

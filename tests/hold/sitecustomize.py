@@ -2,9 +2,9 @@
 
 Python imports this file when it starts and PYTHONPATH names its folder. HOLD_AT is a regular
 expression for one of Python's audit events and what it is about: `os.rename .*/kinetics_train.csv`
-is a file about to get this name. The process notes its number in HOLD_NOTES, then waits until
-HOLD_NOTES/go is there, or with HOLD_HOW=kill kills itself, or with HOLD_HOW=note goes on. Workers
-inherit all of it.
+is a file about to get this name, `write .*` one about to be opened for writing. The process notes
+its number in HOLD_NOTES, then waits until HOLD_NOTES/go is there, or with HOLD_HOW=kill kills
+itself, or with HOLD_HOW=note goes on. Workers inherit all of it.
 """
 
 import os
@@ -21,6 +21,8 @@ def hold(event: str, arguments: tuple) -> None:
     if event not in EVENTS:
         return
     about = arguments[EVENTS[event]]
+    if event == 'open' and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        event = 'write'
     about = os.fsdecode(about) if isinstance(about, (str, bytes, os.PathLike)) else about
     if not AT.search(f'{event} {about}') or os.path.exists(f'{NOTES}/go'):
         return
