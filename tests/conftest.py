@@ -80,40 +80,43 @@ def world(tmp_path):
 
 
 def make_world(mmaction2: Path) -> None:
-    """Draw $MMACTION2 and follow the README in it, noting what was said and what changed.
-
-    data/ava_kinetics gets both splits with raw frames, data/without the training split without.
-    """
-    data, place = mmaction2 / 'data', mmaction2 / 'tools/data/ava_kinetics'
-    root, notes = data / 'ava_kinetics', {}
+    """Draw $MMACTION2 and follow the README in it, noting what was said and what changed."""
     sample_world.draw_world(mmaction2)
+    root, notes = mmaction2 / 'data/ava_kinetics', {}
     for name in 'first', 'again':
         notes[name] = demo.run_readme(mmaction2, show=False)
         notes[f'after {name}'] = snapshot(root)
-    shutil.copy(root / 'report.html', mmaction2)
-
-    without, annotations = f'--avakinetics_root={data}/without', place / 'ava_kinetics_v1_0'
-    cut = [f'--avakinetics_anotation={annotations}', without]
-    run(
-        'cut_kinetics.py',
-        f'--kinetics_list={data}/kinetics700/kinetics700_train_list_videos.txt',
-        *cut,
-    )
-    run('prepare_annotation.py', *cut)
-    here('fetch_proposal.py', without, *TINY)
-    shutil.copytree(data / 'ava/annotations', data / 'without/annotations')
-    run('merge_annotations.py', without)
-    notes['without'] = run('softlink_ava.py', without, f'--ava_root={data}/ava').stdout
-
-    sample_world.copy_as_validation_split(mmaction2)
-    environment = {**os.environ, 'MMACTION2': str(mmaction2)}
-    for line in demo.readme_commands('## The validation split')[0].strip().splitlines():
-        config, checkpoint = (option.split('=', 1)[1] for option in TINY)
-        line = line.replace('$CONFIG', config).replace('$CHECKPOINT', checkpoint)
-        script, *options = line.split()[1:]
-        run(script, *options, cwd=place, env=environment)
+    notes['without'] = prepare_without_frames(mmaction2)
+    prepare_validation(mmaction2)
     notes['after validation'] = snapshot(root)
     (mmaction2 / 'notes.json').write_text(json.dumps(notes))
+
+
+def prepare_without_frames(mmaction2: Path) -> str:
+    """The training split once more in data/without, without Step 4: what Step 7 says at its end."""
+    data, root = mmaction2 / 'data', mmaction2 / 'data/without'
+    place = [
+        f'--avakinetics_anotation={mmaction2}/tools/data/ava_kinetics/ava_kinetics_v1_0',
+        f'--avakinetics_root={root}',
+    ]
+    sources = f'--kinetics_list={data}/kinetics700/kinetics700_train_list_videos.txt'
+    run('cut_kinetics.py', *place, sources)
+    run('prepare_annotation.py', *place)
+    here('fetch_proposal.py', place[1], *TINY)
+    shutil.copytree(data / 'ava/annotations', root / 'annotations')
+    run('merge_annotations.py', place[1])
+    return run('softlink_ava.py', place[1], f'--ava_root={data}/ava').stdout
+
+
+def prepare_validation(mmaction2: Path) -> None:
+    """The validation split by the README's commands, beside the training split."""
+    sample_world.copy_as_validation_split(mmaction2)
+    place, environment = mmaction2 / 'tools/data/ava_kinetics', dict(MMACTION2=str(mmaction2))
+    config, checkpoint = (option.split('=', 1)[1] for option in TINY)
+    for line in demo.readme_commands('## The validation split')[0].strip().splitlines():
+        line = line.replace('$CONFIG', config).replace('$CHECKPOINT', checkpoint)
+        script, *options = line.split()[1:]
+        run(script, *options, cwd=place, env=os.environ | environment)
 
 
 @pytest.fixture(scope='session')
@@ -124,7 +127,10 @@ def job(common):
 
 @pytest.fixture(scope='session')
 def mmaction2(common):
-    """The world of `make_world`: its path, the roots in it, and its notes."""
+    """The world of `make_world`: its path, its two roots and its notes.
+
+    `root` has both splits with raw frames, `without` the training split without them.
+    """
     path = common('mmaction2', make_world)
     return SimpleNamespace(
         path=path,

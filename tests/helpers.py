@@ -73,6 +73,30 @@ def here(script, *arguments, code=0, cwd='.') -> subprocess.CompletedProcess:
     return done
 
 
+def cut(world: Path, *options, **kwargs) -> subprocess.CompletedProcess:
+    """Step 3 on what lies in the folders of the fixture `world`."""
+    return here(
+        'cut_kinetics.py',
+        f'--avakinetics_anotation={world}/ava_kinetics_v1_0',
+        f'--kinetics_list={world}/kinetics700/list.txt',
+        f'--avakinetics_root={world}/root',
+        *options,
+        cwd=world,
+        **kwargs,
+    )
+
+
+def prepare(world: Path, *options, **kwargs) -> subprocess.CompletedProcess:
+    """Step 5 on what lies in the folders of the fixture `world`."""
+    return here(
+        'prepare_annotation.py',
+        f'--avakinetics_anotation={world}/ava_kinetics_v1_0',
+        f'--avakinetics_root={world}/root',
+        *options,
+        **kwargs,
+    )
+
+
 def refused(script, *arguments) -> str:
     """What a script says when it ends with an error: one line. In this process."""
     return errors(here(script, *arguments, code=1))
@@ -163,6 +187,11 @@ def snapshot(folder: Path) -> dict[str, str]:
 def read_csv(path: Path) -> list[list[str]]:
     with open(path, newline='') as file:
         return list(csv.reader(file))
+
+
+def read_report(root: Path, name: str) -> list[list[str]]:
+    """The rows of a report without their header."""
+    return read_csv(root / f'reports/{name}.csv')[1:]
 
 
 def annotation_rows(video: str, second: float, count: int = 1) -> str:
@@ -278,6 +307,13 @@ def fake_frames(folder: Path, clip: str, count: int | None = None) -> None:
         1, ((int(clip[-6:]) - int(clip[-13:-7])) * 30 if count is None else count) + 1
     ):
         (folder / clip / f'img_{index:05d}.jpg').write_bytes(b'frame')
+
+
+class Evil:
+    """Whoever unpickles it runs a program, which leaves a file in the working directory."""
+
+    def __reduce__(self):
+        return os.system, ('touch pwned',)
 
 
 def load(path: Path) -> object:

@@ -12,7 +12,16 @@ import decord
 import pytest
 
 import draw
-from helpers import annotation_rows, clip_frames, errors, here, numbered_source, read_csv, snapshot
+from helpers import (
+    annotation_rows,
+    clip_frames,
+    errors,
+    here,
+    numbered_source,
+    read_csv,
+    read_report,
+    snapshot,
+)
 
 SOURCES = {
     'a b (c)/aaaaaaaaaaa_000100_000110.mp4': {},
@@ -85,7 +94,7 @@ def archives(kinetics, tmp_path):
     return [tmp_path / name for name in ('1.tar', '2.tar.gz', '3.tar')]
 
 
-def cut(kinetics, root, *options, **kwargs):
+def cut_archives(kinetics, root, *options, **kwargs):
     return here(
         'cut_kinetics.py',
         f'--avakinetics_anotation={kinetics}/notes',
@@ -96,11 +105,15 @@ def cut(kinetics, root, *options, **kwargs):
 
 
 def test_clips_are_those_of_the_list(kinetics, archives, tmp_path):
-    done = cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
+    done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
     assert '6 of 7 annotated keyframes' in done.stdout
     # which of two archives makes a clip that both could make depends on who comes first
-    rows = [row for row in report(tmp_path / 'root') if not row[2].startswith('not used')]
+    rows = [
+        row
+        for row in read_report(tmp_path / 'root', 'cut_kinetics_train')
+        if not row[2].startswith('not used')
+    ]
     assert rows == [['eeeeeeeeeee', '3', 'video in no archive that was read']]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         '1.tar',
@@ -113,7 +126,7 @@ def test_clips_are_those_of_the_list(kinetics, archives, tmp_path):
 
 def test_files_of_names(kinetics, archives, tmp_path):
     (tmp_path / 'names.txt').write_text(f'{tmp_path}/1.tar\n\n{tmp_path}/2.tar.gz\n')
-    cut(
+    cut_archives(
         kinetics,
         tmp_path / 'root',
         '--kinetics_archives',
@@ -124,18 +137,18 @@ def test_files_of_names(kinetics, archives, tmp_path):
 
 
 def test_second_run_reads_no_archive(kinetics, archives, tmp_path):
-    cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
+    cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     before = snapshot(tmp_path / 'root')
     for path in archives:
         path.unlink()
-    done = cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
+    done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     assert '0 cut now' in done.stdout and snapshot(tmp_path / 'root') == before
 
 
 def test_a_truncated_archive_costs_no_finished_clip(kinetics, archives, tmp_path):
     whole = archives[0].read_bytes()
     archives[0].write_bytes(whole[: len(whole) - len(whole) // 3])
-    done = cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
+    done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     clips = {path.name for path in (tmp_path / 'root/videos').iterdir()}
     assert (
         'aaaaaaaaaaa_000101_000109.mp4' in clips
@@ -148,7 +161,7 @@ def test_a_truncated_archive_costs_no_finished_clip(kinetics, archives, tmp_path
     ]
     archives[0].write_bytes(whole)
     archives[1].unlink()  # finished before, so not read again
-    cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
+    cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
@@ -158,21 +171,21 @@ def test_a_damaged_header_is_no_end(kinetics, archives, tmp_path):
     with tarfile.open(archives[2]) as tar:
         last = tar.getmembers()[-1].offset
     archives[2].write_bytes(whole[:last] + b'\xff' * 512 + whole[last + 512 :])
-    cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
+    cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     assert [
         row[2]
-        for row in report(tmp_path / 'root')
+        for row in read_report(tmp_path / 'root', 'cut_kinetics_train')
         if 'unreadable archive' in row[2] and '3.tar' in row[2]
     ]
     archives[2].write_bytes(whole)
-    cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
+    cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
 def test_a_killed_change_of_options_goes_on(kinetics, archives, tmp_path):
     """Clips of the old options are not taken for those of the new ones."""
-    cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
-    cut(
+    cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
+    cut_archives(
         kinetics,
         tmp_path / 'root',
         '--kinetics_archives',
@@ -180,7 +193,9 @@ def test_a_killed_change_of_options_goes_on(kinetics, archives, tmp_path):
         '--short_side=64',
         '--overwrite',
     )
-    done = cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives, '--short_side=64')
+    done = cut_archives(
+        kinetics, tmp_path / 'root', '--kinetics_archives', *archives, '--short_side=64'
+    )
     assert '1 cut now' in done.stdout
     for clip in (tmp_path / 'root/videos').glob('*.mp4'):
         assert min(decord.VideoReader(str(clip))[0].shape[:2]) == 64
@@ -227,7 +242,9 @@ def test_over_http_with_dropped_connections(kinetics, archives, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         urls = [f'http://127.0.0.1:{server.server_port}/{path.name}' for path in archives]
-        done = cut(kinetics, tmp_path / 'root', '--kinetics_archives', *urls, f'{urls[0]}.gone')
+        done = cut_archives(
+            kinetics, tmp_path / 'root', '--kinetics_archives', *urls, f'{urls[0]}.gone'
+        )
     finally:
         server.shutdown()
     assert server.RequestHandlerClass.answers >= 3
@@ -239,29 +256,31 @@ def test_short_side(kinetics, tmp_path):
     sizes = {}
     for short_side in 64, 120, 90, 500:
         root = tmp_path / str(short_side)
-        cut(kinetics, root, f'--kinetics_list={kinetics}/list.txt', f'--short_side={short_side}')
+        cut_archives(
+            kinetics, root, f'--kinetics_list={kinetics}/list.txt', f'--short_side={short_side}'
+        )
         clip = root / 'videos/aaaaaaaaaaa_000101_000109.mp4'
         frames = decord.VideoReader(str(clip))
         sizes[short_side] = frames[0].shape[:2]
         assert draw.read_stamp(frames[7].asnumpy()) == 37
     assert sizes == {64: (64, 86), 90: (90, 120), 120: (120, 160), 500: (120, 160)}
-    assert 'even number' in errors(cut(kinetics, tmp_path, '--short_side=255', code=1))
+    assert 'even number' in errors(cut_archives(kinetics, tmp_path, '--short_side=255', code=1))
 
 
 def test_one_archive_after_the_other(kinetics, archives, tmp_path):
     """Each may be deleted once it was read, though a later one has a better source of a second."""
     for path in archives:
-        cut(kinetics, tmp_path / 'root', '--kinetics_archives', path)
+        cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', path)
         path.unlink()
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
 def test_a_torn_ledger_is_mended(kinetics, archives, tmp_path):
-    cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives[:2])
+    cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives[:2])
     with open(tmp_path / 'root/reports/cut_kinetics_train_archives.jsonl', 'a') as file:
         file.write('{"annotations": "torn')
     for _ in range(2):
-        cut(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
+        cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
@@ -275,10 +294,6 @@ def write_tar(path, members: dict, filler=0):
                 tar.addfile(tarinfo, zeros)
         for name, file in members.items():
             tar.add(file, name)
-
-
-def report(root) -> list[list[str]]:
-    return read_csv(root / 'reports/cut_kinetics_train.csv')[1:]
 
 
 @pytest.fixture
@@ -299,7 +314,7 @@ def two(tmp_path):
 @pytest.mark.parametrize('order,expected', [('12', 90), ('21', 1090)])
 def test_of_two_archives_with_one_clip_the_first_wins_whichever_ends_first(two, order, expected):
     names = {'1': '1.tar.gz', '2': '2.tar'}
-    done = cut(
+    done = cut_archives(
         two,
         two / 'root',
         '--num_workers=2',
@@ -307,7 +322,7 @@ def test_of_two_archives_with_one_clip_the_first_wins_whichever_ends_first(two, 
         *(two / names[number] for number in order),
     )
     assert clip_frames(two / 'root/videos/aaaaaaaaaaa_000103_000107.mp4')[0] == expected
-    assert report(two / 'root') == [
+    assert read_report(two / 'root', 'cut_kinetics_train') == [
         [
             '',
             '',
@@ -325,21 +340,23 @@ def test_a_clip_that_spans_its_whole_source_is_not_cut_onto_it(tmp_path):
     (tmp_path / 'notes/kinetics_train_v1.0.csv').write_text(
         annotation_rows('aaaaaaaaaaa', 101) + annotation_rows('aaaaaaaaaaa', 108)
     )
-    cut(tmp_path, tmp_path / 'root', '--kinetics_archives', tmp_path / 'a.tar')
+    cut_archives(tmp_path, tmp_path / 'root', '--kinetics_archives', tmp_path / 'a.tar')
     assert (
         len(decord.VideoReader(str(tmp_path / 'root/videos/aaaaaaaaaaa_000100_000110.mp4'))) == 300
     )
-    assert not report(tmp_path / 'root')
+    assert not read_report(tmp_path / 'root', 'cut_kinetics_train')
 
 
 def test_archives_of_one_name_are_told_apart(kinetics, archives, tmp_path):
     """Fetched, cut and deleted one after the other."""
     for path in archives:
         part = path.rename(tmp_path / ('part.tar.gz' if path.suffix == '.gz' else 'part.tar'))
-        cut(kinetics, tmp_path / 'root', '--kinetics_archives', part)
+        cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', part)
         part.unlink()
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
-    assert [row[0] for row in report(tmp_path / 'root') if row[0]] == ['eeeeeeeeeee']
+    assert [row[0] for row in read_report(tmp_path / 'root', 'cut_kinetics_train') if row[0]] == [
+        'eeeeeeeeeee'
+    ]
 
 
 def test_what_new_annotations_need_is_told_and_nothing_is_forgotten(kinetics, archives, tmp_path):
@@ -347,21 +364,23 @@ def test_what_new_annotations_need_is_told_and_nothing_is_forgotten(kinetics, ar
     (tmp_path / 'notes').mkdir()
     notes = tmp_path / 'notes/kinetics_train_v1.0.csv'
     notes.write_text(ROWS)
-    cut(tmp_path, tmp_path / 'root', '--kinetics_archives', *archives)
+    cut_archives(tmp_path, tmp_path / 'root', '--kinetics_archives', *archives)
     before = snapshot(tmp_path / 'root/videos')
     notes.write_text(ROWS + annotation_rows('uNwAnTeD-00', 5) + annotation_rows('-b_b_b_b_b_', 2))
     archives[0].unlink(), archives[1].unlink()
-    done = cut(tmp_path, tmp_path / 'root', '--kinetics_archives', *archives)
+    done = cut_archives(tmp_path, tmp_path / 'root', '--kinetics_archives', *archives)
     assert (
         '1 cut now' in done.stdout and '2 keyframes left out: archive to read again' in done.stdout
     )
-    assert report(tmp_path / 'root')[:2] == [
+    assert read_report(tmp_path / 'root', 'cut_kinetics_train')[:2] == [
         ['-b_b_b_b_b_', '2', 'archive to read again: 1.tar'],
         ['-b_b_b_b_b_', '9', 'archive to read again: 1.tar'],
     ]
     assert before.items() <= snapshot(tmp_path / 'root/videos').items()
     assert (tmp_path / 'root/videos/uNwAnTeD-00_000003_000007.mp4').exists()
-    done = cut(tmp_path, tmp_path / 'root', '--kinetics_archives', archives[2], '--overwrite')
+    done = cut_archives(
+        tmp_path, tmp_path / 'root', '--kinetics_archives', archives[2], '--overwrite'
+    )
     assert (
         '2 cut now' in done.stdout and before.items() <= snapshot(tmp_path / 'root/videos').items()
     )
@@ -370,15 +389,19 @@ def test_what_new_annotations_need_is_told_and_nothing_is_forgotten(kinetics, ar
 
 def test_errors_say_what_to_do(kinetics, tmp_path):
     assert 'not one clip' in errors(
-        cut(kinetics, tmp_path / 'root', '--kinetics_archives', tmp_path / 'none.tar', code=1)
+        cut_archives(
+            kinetics, tmp_path / 'root', '--kinetics_archives', tmp_path / 'none.tar', code=1
+        )
     )
-    done = cut(kinetics, tmp_path / 'root', '--kinetics_archives', 's4://bucket/x.tar', code=1)
+    done = cut_archives(
+        kinetics, tmp_path / 'root', '--kinetics_archives', 's4://bucket/x.tar', code=1
+    )
     assert (
         'not one clip' in errors(done) and '1 more in the report: unreadable archive' in done.stdout
     )
     assert (
         'none.txt'
-        in cut(
+        in cut_archives(
             kinetics, tmp_path / 'root', '--kinetics_archives', f'@{tmp_path}/none.txt', code=2
         ).stderr
     )

@@ -17,14 +17,16 @@ from imageio_ffmpeg import get_ffmpeg_exe
 
 import draw
 from helpers import (
-    run,
     REPO,
     annotation_rows,
     clip_frames,
+    cut,
     errors,
     here,
     numbered_source,
-    read_csv,
+    prepare,
+    read_report,
+    run,
     snapshot,
 )
 
@@ -32,38 +34,26 @@ CLIP = 'aaaaaaaaaaa_000103_000107'
 
 
 @pytest.fixture
-def job(tmp_path):
+def job(world):
     """Two sources, one annotated keyframe each, cut: the folder."""
     for video in 'ab':
-        numbered_source(tmp_path / f'videos/{video * 11}_000100_000110.mp4', {})
-    (tmp_path / 'list.txt').write_text(
+        numbered_source(world / f'kinetics700/videos/{video * 11}_000100_000110.mp4', {})
+    (world / 'kinetics700/list.txt').write_text(
         ''.join(f'videos/{video * 11}_000100_000110.mp4\n' for video in 'ab')
     )
-    (tmp_path / 'notes').mkdir()
-    (tmp_path / 'notes/kinetics_train_v1.0.csv').write_text(
+    (world / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').write_text(
         annotation_rows('aaaaaaaaaaa', 105) + annotation_rows('bbbbbbbbbbb', 105)
     )
-    cut(tmp_path)
-    return tmp_path
-
-
-def cut(folder, *options, **kwargs):
-    return here(
-        'cut_kinetics.py',
-        f'--avakinetics_anotation={folder}/notes',
-        f'--kinetics_list={folder}/list.txt',
-        f'--avakinetics_root={folder}/root',
-        *options,
-        **kwargs,
-    )
+    cut(world)
+    return world
 
 
 def report(folder, name='cut_kinetics_train') -> list[list[str]]:
-    return read_csv(folder / f'root/reports/{name}.csv')[1:]
+    return read_report(folder / 'root', name)
 
 
 def test_a_clip_older_than_its_source_is_cut_again(job):
-    numbered_source(job / 'videos/aaaaaaaaaaa_000100_000110.mp4', dict(first=1000))
+    numbered_source(job / 'kinetics700/videos/aaaaaaaaaaa_000100_000110.mp4', dict(first=1000))
     assert '(1 cut now, 1 there already)' in cut(job).stdout
     assert clip_frames(job / f'root/videos/{CLIP}.mp4')[0] == 1090
     before = snapshot(job)
@@ -71,7 +61,7 @@ def test_a_clip_older_than_its_source_is_cut_again(job):
 
 
 def test_a_source_that_is_gone_costs_no_clip(job):
-    (job / 'videos/aaaaaaaaaaa_000100_000110.mp4').unlink()
+    (job / 'kinetics700/videos/aaaaaaaaaaa_000100_000110.mp4').unlink()
     assert '(0 cut now, 2 there already)' in cut(job).stdout and not report(job)
     done = cut(job, '--overwrite')
     assert (
@@ -82,7 +72,7 @@ def test_a_source_that_is_gone_costs_no_clip(job):
 
 @pytest.mark.parametrize('options', [[], ['--overwrite']])
 def test_no_clip_stays_behind_the_report_row_of_a_source_that_is_broken_now(job, options):
-    source = job / 'videos/aaaaaaaaaaa_000100_000110.mp4'
+    source = job / 'kinetics700/videos/aaaaaaaaaaa_000100_000110.mp4'
     source.write_bytes(b'broken')
     if options:
         os.utime(source, (0, 0))
@@ -130,7 +120,7 @@ def test_clips_that_no_annotation_asks_for_any_more_are_named_and_left(job):
     shutil.copy(
         job / f'root/videos/{CLIP}.mp4', job / 'root/videos/ccccccccccc_000003_000007.mp4'
     )  # of the other split, say
-    (job / 'notes/kinetics_train_v1.0.csv').write_text(
+    (job / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').write_text(
         annotation_rows('aaaaaaaaaaa', 104) + annotation_rows('bbbbbbbbbbb', 105)
     )
     assert (
@@ -151,7 +141,7 @@ def test_a_wrong_working_directory_leaves_nothing_behind(job, tmp_path):
     assert 'do Step 2' in errors(done)
     run(
         'cut_kinetics.py',
-        f'--avakinetics_anotation={job}/notes',
+        f'--avakinetics_anotation={job}/ava_kinetics_v1_0',
         cwd=tmp_path / 'elsewhere',
         env={**os.environ, 'MMACTION2': '.'},
         code=1,
@@ -164,8 +154,8 @@ def test_a_root_whose_name_is_no_utf8(job):
     command = [
         sys.executable,
         REPO / 'cut_kinetics.py',
-        f'--avakinetics_anotation={job}/notes',
-        f'--kinetics_list={job}/list.txt',
+        f'--avakinetics_anotation={job}/ava_kinetics_v1_0',
+        f'--kinetics_list={job}/kinetics700/list.txt',
         b'--avakinetics_root=' + root,
     ]
     for script, options in (
@@ -191,17 +181,9 @@ def extract(folder, *options):
     return here('extract_rgb_frames.py', f'--avakinetics_root={folder}/root', *options)
 
 
-def prepare(folder):
-    return here(
-        'prepare_annotation.py',
-        f'--avakinetics_anotation={folder}/notes',
-        f'--avakinetics_root={folder}/root',
-    )
-
-
 def test_frames_older_than_their_clip_are_extracted_again(job):
     assert '(2 extracted now, 0 there already)' in extract(job).stdout
-    numbered_source(job / 'videos/aaaaaaaaaaa_000100_000110.mp4', dict(first=1000))
+    numbered_source(job / 'kinetics700/videos/aaaaaaaaaaa_000100_000110.mp4', dict(first=1000))
     cut(job)
     assert '(1 extracted now, 1 there already)' in extract(job).stdout
     assert draw.read_stamp(cv2.imread(str(job / f'root/rawframes/{CLIP}/img_00001.jpg'))) == 1090
@@ -240,13 +222,15 @@ def test_step_5_takes_each_clip_as_it_is(job):
 
 def test_a_validation_split_without_frames_beside_a_training_split_with_them(job):
     extract(job)
-    (job / 'notes/kinetics_val_v1.0.csv').write_text(annotation_rows('vvvvvvvvvvv', 105))
-    numbered_source(job / 'videos/vvvvvvvvvvv_000100_000110.mp4', {})
-    (job / 'val.txt').write_text('videos/vvvvvvvvvvv_000100_000110.mp4\n')
-    cut(job, '--split=val', f'--kinetics_list={job}/val.txt')
+    (job / 'ava_kinetics_v1_0/kinetics_val_v1.0.csv').write_text(
+        annotation_rows('vvvvvvvvvvv', 105)
+    )
+    numbered_source(job / 'kinetics700/videos/vvvvvvvvvvv_000100_000110.mp4', {})
+    (job / 'kinetics700/val.txt').write_text('videos/vvvvvvvvvvv_000100_000110.mp4\n')
+    cut(job, '--split=val', f'--kinetics_list={job}/kinetics700/val.txt')
     done = here(
         'prepare_annotation.py',
-        f'--avakinetics_anotation={job}/notes',
+        f'--avakinetics_anotation={job}/ava_kinetics_v1_0',
         f'--avakinetics_root={job}/root',
         '--split=val',
     )
@@ -306,7 +290,7 @@ def test_a_short_machine_is_no_fault_of_the_video(job):
     )
     (job / 'ffmpeg').chmod(0o755)
     with tarfile.open(job / 'k.tar', 'w') as tar:
-        tar.add(job / 'videos', 'videos')
+        tar.add(job / 'kinetics700/videos', 'videos')
     archives = f'--kinetics_archives={job}/k.tar'
     clips = snapshot(job / 'root/videos')
     cut(job, archives)

@@ -15,12 +15,12 @@ from helpers import (
     TINY,
     assert_same_people,
     errors,
-    here,
     held_environment,
     held_processes,
+    here,
     kill_tree,
     load,
-    read_csv,
+    read_report,
     run,
     said,
     snapshot,
@@ -163,7 +163,7 @@ def test_an_item_that_kills_every_worker_costs_itself_only(job, tmp_path):
     with cluster(tmp_path, env=deadly) as (option, _):
         done = run(*job.command('cut', tmp_path / 'root', option)[1:])
     assert f'{VIDEOS} of {VIDEOS + 2} annotated keyframes' in done.stdout
-    rows = read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:]
+    rows = read_report(tmp_path / 'root', 'cut_kinetics_train')
     assert [row[0] for row in rows] == ['00000000007', '00000000008']
     assert rows[0][2] == 'given up: the workers of the cluster that had it were killed'
     run(*job.command('cut', tmp_path / 'root')[1:])

@@ -10,16 +10,18 @@ import pytest
 
 import draw
 from helpers import (
-    run,
     SIZE,
     VARIANTS,
     annotation_rows,
     clip_frames,
+    cut,
     errors,
     here,
     number_times,
     numbered_source,
     read_csv,
+    read_report,
+    run,
     snapshot,
 )
 
@@ -67,18 +69,6 @@ def matrix(tmp_path_factory):
     (folder / 'ava_kinetics_v1_0').mkdir()
     (folder / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').write_text(rows)
     return folder, cut(folder)
-
-
-def cut(folder, *options, **kwargs):
-    return here(
-        'cut_kinetics.py',
-        f'--avakinetics_anotation={folder}/ava_kinetics_v1_0',
-        f'--kinetics_list={folder}/kinetics700/list.txt',
-        f'--avakinetics_root={folder}/root',
-        *options,
-        cwd=folder,
-        **kwargs,
-    )
 
 
 def test_no_keyframe_is_lost(matrix):
@@ -197,10 +187,7 @@ def clips(folder):
 
 
 def reasons(folder):
-    return {
-        (row[0], row[1]): row[2]
-        for row in read_csv(folder / 'root/reports/cut_kinetics_train.csv')[1:]
-    }
+    return {(row[0], row[1]): row[2] for row in read_report(folder / 'root', 'cut_kinetics_train')}
 
 
 def test_ranges_lie_two_seconds_around_the_keyframes_and_within_the_source(world):
@@ -297,7 +284,7 @@ def test_every_unusable_line_is_reported_with_its_number(world):
         clips(world) == ['aaaaaaaaaaa_000103_000107.mp4']
         and '1 of 4 annotated keyframes' in done.stdout
     )
-    assert read_csv(world / 'root/reports/cut_kinetics_train.csv')[1:] == [
+    assert read_report(world / 'root', 'cut_kinetics_train') == [
         ['aaaaaaaaaaa', '150', 'no listed video holds this second'],
         ['bbbbbbbbbbb', '3', 'video not in the list'],
         ['ddddddddddd', '3', 'no listed video holds this second'],

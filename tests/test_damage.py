@@ -10,13 +10,13 @@ import pytest
 
 import damage
 import draw
-from helpers import annotation_rows, clip_frames, here, numbered_source, read_csv
+from helpers import annotation_rows, clip_frames, here, numbered_source, read_csv, read_report
 
 ONE_KEY_FRAME = dict(options=('-preset', 'medium', '-g', '250'))
 KEY_FRAME_A_SECOND = dict(options=('-preset', 'medium', '-g', '30', '-sc_threshold', '0'))
 
 
-def cut(
+def cut_sources(
     folder, sources: dict[str, tuple[bytes, int]], suffix='mp4', archive=False
 ) -> dict[str, str]:
     """Run Step 3 on {video: (content, annotated second)}; returns the report's reasons by video."""
@@ -42,7 +42,7 @@ def cut(
         *source,
         f'--avakinetics_root={folder}/root',
     )
-    return {row[0]: row[2] for row in read_csv(folder / 'root/reports/cut_kinetics_train.csv')[1:]}
+    return {row[0]: row[2] for row in read_report(folder / 'root', 'cut_kinetics_train')}
 
 
 def numbers(folder, name) -> list[int]:
@@ -75,7 +75,7 @@ def test_damage_in_the_middle_is_told_with_its_time_and_no_clip_shows_it(tmp_pat
         for name, content in damaged.items()
         for second in range(1, 8)
     }
-    reasons = cut(tmp_path, sources, archive=archive)
+    reasons = cut_sources(tmp_path, sources, archive=archive)
     told = 0
     for video, (_, second) in sources.items():
         if video in reasons:
@@ -93,7 +93,9 @@ def test_damage_in_the_middle_is_told_with_its_time_and_no_clip_shows_it(tmp_pat
 
 def test_damage_before_a_key_frame_costs_no_clip_behind_it(tmp_path):
     content = zeroed(drawn(tmp_path, KEY_FRAME_A_SECOND), 0.12, 200)
-    reasons = cut(tmp_path, {f'aaaaaaaaa_{second}': (content, second) for second in range(1, 9)})
+    reasons = cut_sources(
+        tmp_path, {f'aaaaaaaaa_{second}': (content, second) for second in range(1, 9)}
+    )
     assert set(reasons) == {'aaaaaaaaa_1', 'aaaaaaaaa_2', 'aaaaaaaaa_3'}
     assert numbers(tmp_path, 'aaaaaaaaa_4_000002_000006') == list(range(60, 180))
 
@@ -101,7 +103,7 @@ def test_damage_before_a_key_frame_costs_no_clip_behind_it(tmp_path):
 def test_damage_behind_a_clip_costs_nothing(tmp_path):
     """Also in a file whose end is cut off, as by a broken download."""
     whole = drawn(tmp_path, dict(options=(*ONE_KEY_FRAME['options'], '-movflags', '+faststart')))
-    reasons = cut(
+    reasons = cut_sources(
         tmp_path,
         {f'cut_off__0{second}': (whole[: len(whole) * 9 // 10], second) for second in (2, 5, 7)},
     )
@@ -123,7 +125,7 @@ def test_missing_pictures_are_told(tmp_path, suffix):
         options=('-vf', 'select=not(between(t\\,4\\,5.3))', '-fps_mode', 'vfr'), suffix=suffix
     )
     sources = {f'hole______{second}': (drawn(tmp_path, hole), second) for second in (1, 2, 4, 7, 9)}
-    reasons = cut(tmp_path, sources | {'short______': (drawn(tmp_path, short), 5)}, suffix)
+    reasons = cut_sources(tmp_path, sources | {'short______': (drawn(tmp_path, short), 5)}, suffix)
     assert reasons == dict.fromkeys(
         ['hole______1', 'hole______2', 'hole______4', 'hole______7'],
         'damaged video: no picture between 2.0 and 7.0 s',
@@ -134,7 +136,7 @@ def test_missing_pictures_are_told(tmp_path, suffix):
 
 def test_missing_pictures_at_the_start_are_told(tmp_path):
     late = dict(lead=3.0, seconds=7)  # the sound begins three seconds before the pictures
-    reasons = cut(
+    reasons = cut_sources(
         tmp_path, {f'late______{second}': (drawn(tmp_path, late), second) for second in (1, 6)}
     )
     assert reasons == {'late______1': 'damaged video: no picture between 0.0 and 3.0 s'}
@@ -190,7 +192,9 @@ def test_undamaged_videos_that_a_tool_cut_out_of_open_groups_are_kept(tmp_path, 
         check=True,
     )
     content = (tmp_path / 'open.mp4').read_bytes()
-    assert not cut(tmp_path, {f'open______{second}': (content, second) for second in (1, 5, 8)})
+    assert not cut_sources(
+        tmp_path, {f'open______{second}': (content, second) for second in (1, 5, 8)}
+    )
 
 
 @pytest.mark.parametrize('change,lost', [('tags', False), ('size', True)])
@@ -220,7 +224,7 @@ def test_pictures_that_change_in_the_middle(tmp_path, change, lost):
         ],
         check=True,
     )
-    reasons = cut(tmp_path, {'changes____': ((tmp_path / 'c.mp4').read_bytes(), 5)})
+    reasons = cut_sources(tmp_path, {'changes____': ((tmp_path / 'c.mp4').read_bytes(), 5)})
     if lost:
         assert reasons == {'changes____': 'damaged video: the size of its pictures changes'}
     else:
@@ -244,7 +248,7 @@ def test_no_clip_out_of_a_randomly_damaged_video_shows_a_wrong_time_unreported(
             damage.damage(content, kinds[index % len(kinds)], chance),
             chance.randrange(1, 9),
         )
-    reasons = cut(tmp_path, sources, variant.get('suffix', 'mp4'), archive)
+    reasons = cut_sources(tmp_path, sources, variant.get('suffix', 'mp4'), archive)
     assert 5 < len(reasons) < 20
     for video, (_, second) in sources.items():
         if video not in reasons:

@@ -16,6 +16,7 @@ from helpers import (
     FRAME_SIZES,
     REPO,
     TINY,
+    Evil,
     load,
     overlap,
     refused,
@@ -518,25 +519,18 @@ def test_checkpoints_that_mmdet_loads(root, tmp_path):
         assert f'does not fit the config: 1 tensors differ, first {first};' in message
 
 
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return exec, (f"open({str(self.path)!r}, 'w')",)
-
-
-def test_a_training_checkpoint_is_read(root, tmp_path):
+def test_a_training_checkpoint_is_read(root, tmp_path, monkeypatch):
     """What mmengine's Runner writes while it trains holds objects beside the weights: none of them
     comes to life.
     """
     from mmengine.logging import MessageHub
 
+    monkeypatch.chdir(tmp_path)
     hub = MessageHub('training')
     hub.update_scalar('train/loss', 0.5)
     weights = torch.load(f'{REPO}/tests/tiny_detector.pth', weights_only=True)
     hub.update_info('best', dict(score=np.float64(0.4), time=datetime.now()))
-    everything = {**weights, 'message_hub': hub.state_dict(), 'evil': Evil(tmp_path / 'pwned')}
+    everything = {**weights, 'message_hub': hub.state_dict(), 'evil': Evil()}
     fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/b.pkl', *TINY])
     for name, zipped in (
         ('epoch_1', True),

@@ -19,9 +19,9 @@ import psutil
 import pytest
 
 from helpers import (
-    here,
     held_environment,
     held_processes,
+    here,
     kill_tree,
     run,
     said,

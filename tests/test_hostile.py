@@ -26,9 +26,9 @@ import fetch_proposal
 import prepare_annotation
 import sample_world
 from helpers import (
-    run,
     REPO,
     TINY,
+    Evil,
     annotation_rows,
     errors,
     fake_frames,
@@ -36,17 +36,14 @@ from helpers import (
     load,
     numbered_source,
     read_csv,
+    read_report,
     refused,
+    run,
     snapshot,
     write_root,
 )
 
 LINE = 'aaaaaaaaaaa,5,0.1,0.2,0.5,0.9,12'
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ('touch pwned',)
 
 
 def ffmpeg(*arguments) -> bytes:
@@ -284,7 +281,7 @@ def cut_videos(whole, tmp_path_factory):
     assert {
         name: value for name, value in snapshot(folder).items() if not name.startswith('root/')
     } == before
-    rows = read_csv(folder / 'root/reports/cut_kinetics_train.csv')[1:]
+    rows = read_report(folder / 'root', 'cut_kinetics_train')
     return folder, {names[int(row[0][5:10])]: row[2] for row in rows}
 
 
@@ -350,7 +347,7 @@ def test_a_video_that_ffmpeg_hangs_on(world):
         timeout=60,
     )
     assert 'not one clip could be cut' in errors(done)
-    assert read_csv(world / 'root/reports/cut_kinetics_train.csv')[1:] == [
+    assert read_report(world / 'root', 'cut_kinetics_train') == [
         ['aaaaaaaaaaa', '5', 'unreadable video: ffmpeg took more than 2 s']
     ]
 
@@ -425,7 +422,7 @@ def annotated(whole, tmp_path_factory):
         )
         reported[step] = {
             int(row[2].split('line ')[1].split(':')[0]): row[2]
-            for row in read_csv(folder / f'root/reports/{step}_train.csv')[1:]
+            for row in read_report(folder / 'root', f'{step}_train')
             if 'malformed' in row[2]
         }
     assert (folder / 'root/videos/aaaaaaaaaaa_000003_000007.mp4').is_file()
@@ -506,7 +503,7 @@ def test_list_lines(whole, tmp_path):
         int(row[2].split('line ')[2].split(':')[0])
         if row[2].count('line ') > 1
         else int(row[2].split('line ')[1].split(':')[0])
-        for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:]
+        for row in read_report(tmp_path / 'root', 'cut_kinetics_train')
     ]
     names = list(LIST_LINES)
     assert {names[number - 1] for number in numbers} == {
@@ -554,7 +551,7 @@ def test_archive_members(whole, tmp_path, name):
     with tarfile.open(tmp_path / '1.tar', 'w') as tar:
         for info, content in MEMBERS[name], member('good/' + NAME, whole):
             tar.addfile(info, io.BytesIO(content))
-    cut_archives(tmp_path, tmp_path / '1.tar')
+    cut_members(tmp_path, tmp_path / '1.tar')
     assert [path.name for path in (tmp_path / 'root/videos').iterdir()] == [
         'aaaaaaaaaaa_000003_000007.mp4'
     ]
@@ -567,7 +564,7 @@ def test_archive_members(whole, tmp_path, name):
     assert not any((folder / NAME).exists() for folder in (Path('/tmp'), *tmp_path.parents))
 
 
-def cut_archives(folder: Path, *archives, **options) -> subprocess.CompletedProcess:
+def cut_members(folder: Path, *archives, **options) -> subprocess.CompletedProcess:
     (folder / 'kinetics_train_v1.0.csv').write_text(
         ''.join(LINE.replace('a' * 11, letter * 11) + '\n' for letter in 'abcd')
     )
@@ -602,13 +599,11 @@ def test_archives_that_claim_more_than_there_is(whole, tmp_path):
     with tarfile.open(tmp_path / 'good.tar', 'w') as tar:
         info, data = member('good/' + NAME, whole)
         tar.addfile(info, io.BytesIO(data))
-    cut_archives(tmp_path, tmp_path / 'sparse.tar', tmp_path / 'claims.tar', tmp_path / 'good.tar')
+    cut_members(tmp_path, tmp_path / 'sparse.tar', tmp_path / 'claims.tar', tmp_path / 'good.tar')
     assert [path.name for path in (tmp_path / 'root/videos').iterdir()] == [
         'aaaaaaaaaaa_000003_000007.mp4'
     ]
-    rows = {
-        row[0]: row[2] for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:]
-    }
+    rows = {row[0]: row[2] for row in read_report(tmp_path / 'root', 'cut_kinetics_train')}
     assert (
         rows['b' * 11] == 'unreadable video: larger than 1,073,741,824 bytes'
         and 'claims.tar' in rows['']
@@ -633,15 +628,13 @@ def test_what_is_no_archive(whole, tmp_path, content):
         info, data = member('good/' + NAME, whole)
         tar.addfile(info, io.BytesIO(data))
     (tmp_path / 'loop.tar').symlink_to(tmp_path / 'loop.tar')
-    cut_archives(
+    cut_members(
         tmp_path, tmp_path / 'bad.tar', tmp_path / 'good.tar', tmp_path / 'loop.tar', tmp_path
     )
     assert [path.name for path in (tmp_path / 'root/videos').iterdir()] == [
         'aaaaaaaaaaa_000003_000007.mp4'
     ]
-    said = '\n'.join(
-        row[2] for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')[1:]
-    )
+    said = '\n'.join(row[2] for row in read_report(tmp_path / 'root', 'cut_kinetics_train'))
     assert 'loop.tar' in said and (not content.strip(b'\0') or 'bad.tar' in said)
 
 
@@ -721,7 +714,7 @@ def test_clips(tmp_path, name):
     assert [path.name for path in (tmp_path / 'rawframes').iterdir()] == [
         'good-clip-0_000000_000004'
     ]
-    rows = dict(read_csv(tmp_path / 'reports/extract_rgb_frames.csv')[1:])
+    rows = dict(read_report(tmp_path, 'extract_rgb_frames'))
     if name == 'huge pictures claimed':
         assert rows['bad-clip--1_000000_000004'] == 'unreadable clip: Invalid argument'
     assert rows['bad-clip--1_000000_000004'].split(':')[0] in (
@@ -756,8 +749,7 @@ def test_folders_of_frames(tmp_path):
         'aaaaaaaaaaa_000003_000007'
     ]
     reasons = {
-        row[0][0]: row[2].split(':')[0]
-        for row in read_csv(tmp_path / 'reports/prepare_annotation_train.csv')[1:]
+        row[0][0]: row[2].split(':')[0] for row in read_report(tmp_path, 'prepare_annotation_train')
     }
     assert reasons == {
         'b': 'unreadable clip',
@@ -816,7 +808,7 @@ def fetched(tmp_path_factory):
     with open(root / 'kinetics_train.csv', 'ab') as file:
         file.write('\n'.join(ROWS).encode() + b'\n\xff\xfe\n')
     here('fetch_proposal.py', f'--avakinetics_root={root}', *TINY, '--neighbors=0')
-    return root, read_csv(root / 'reports/fetch_proposal_train.csv')[1:]
+    return root, read_report(root, 'fetch_proposal_train')
 
 
 @pytest.mark.parametrize('name', FRAMES)
@@ -974,7 +966,7 @@ def test_proposals_in_pickles(merging, name):
     assert load(merging / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl').keys() == {
         '-5KQ66BBWC4,0902'
     }
-    rows = read_csv(merging / 'reports/merge_annotations_train.csv')[1:]
+    rows = read_report(merging, 'merge_annotations_train')
     assert rows and all(
         row[2].startswith('malformed proposal') and len(row[2]) < 200 for row in rows
     )
@@ -1007,7 +999,7 @@ def test_rows_to_merge_and_to_check(merging, tmp_path):
     run('merge_annotations.py', f'--avakinetics_root={merging}')
     merged = (merging / 'annotations/ava_train_v2.2.csv').read_bytes()
     assert merged == good + b'-5KQ66BBWC4,0902,0.100,0.200,0.300,0.400,12,0\n'
-    assert len(read_csv(merging / 'reports/merge_annotations_train.csv')[1:]) == len(MERGED_ROWS)
+    assert len(read_report(merging, 'merge_annotations_train')) == len(MERGED_ROWS)
     # the last step looks through the merged file, whoever wrote it, and through whatever lies
     # beside AVA's folders
     (merging / 'annotations/ava_train_v2.2.csv').write_bytes(

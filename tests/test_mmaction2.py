@@ -11,7 +11,7 @@ import pytest
 import demo
 import draw
 import sample_world
-from helpers import overlap, read_csv
+from helpers import overlap, read_report
 
 # clip_len x frame_interval of MMAction2's AVA-Kinetics configs
 WINDOWS = [(4, 16), (8, 8), (16, 4)]
@@ -25,7 +25,7 @@ def test_readme_commands_make_the_data_set(mmaction2):
         and '11 of 13 annotated keyframes' in said
         and 'ready for training' in said
     )
-    assert {tuple(row[:2]) for row in read_csv(root / 'reports/cut_kinetics_train.csv')[1:]} == {
+    assert {tuple(row[:2]) for row in read_report(root, 'cut_kinetics_train')} == {
         ('bRoKeN-off_', '25'),
         ('gOnE-gOnE-1', '25'),
     }

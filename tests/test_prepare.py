@@ -2,17 +2,7 @@
 
 import pytest
 
-from helpers import annotation_rows, errors, fake_frames, here, read_csv, snapshot
-
-
-def prepare(world, *options, **kwargs):
-    return here(
-        'prepare_annotation.py',
-        f'--avakinetics_anotation={world}/ava_kinetics_v1_0',
-        f'--avakinetics_root={world}/root',
-        *options,
-        **kwargs,
-    )
+from helpers import annotation_rows, errors, fake_frames, prepare, read_csv, read_report, snapshot
 
 
 def annotate(world, text):
@@ -23,8 +13,7 @@ def annotate(world, text):
 
 def reasons(world):
     return {
-        (row[0], row[1]): row[2]
-        for row in read_csv(world / 'root/reports/prepare_annotation_train.csv')[1:]
+        (row[0], row[1]): row[2] for row in read_report(world / 'root', 'prepare_annotation_train')
     }
 
 
@@ -126,8 +115,7 @@ def test_malformed_lines_are_reported(world):
     )
     assert '3 lines skipped' in prepare(world).stdout
     assert [
-        row[2].split(':')[1]
-        for row in read_csv(world / 'root/reports/prepare_annotation_train.csv')[1:]
+        row[2].split(':')[1] for row in read_report(world / 'root', 'prepare_annotation_train')
     ] == [' line 2', ' line 3', ' line 4']
     assert len(read_csv(world / 'root/kinetics_train.csv')) == 1
 
