@@ -95,6 +95,11 @@ def test_no_file_is_written_under_its_final_name(job, step, tmp_path):
     assert held_processes(notes) == []
 
 
+def ignores_interrupts(pid: int) -> bool:
+    status = Path(f'/proc/{pid}/status').read_text()
+    return bool(int(re.search(r'SigIgn:\s*(\w+)', status)[1], 16) >> (signal.SIGINT - 1) & 1)
+
+
 @pytest.mark.parametrize('step', STEPS)
 def test_interrupted_says_so_in_one_line_and_the_next_run_goes_on(job, step, tmp_path):
     """Ctrl-C goes to all processes, what kill and batch systems send to the script alone."""
@@ -102,6 +107,8 @@ def test_interrupted_says_so_in_one_line_and_the_next_run_goes_on(job, step, tmp
     for number, send in (signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill):
         notes = tmp_path / f'notes{number}'
         process = start_held(job.command(step, root), notes, at, processes)
+        workers = set(held_processes(notes)) - {process.pid}
+        assert all(map(ignores_interrupts, workers))  # which are for their parent
         send(process.pid, number)
         (notes / 'go').touch()  # a thread that loads frames ends its frame first
         out, err = process.communicate(timeout=300)
