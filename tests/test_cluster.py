@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
+import distributed
 import pytest
 
 from helpers import (
@@ -51,21 +51,22 @@ def cluster(folder, workers: int = 2, env: dict | None = None):
     options = ['--port=0', '--host=127.0.0.1', f'--scheduler-file={address}']
     started = [dask('scheduler', *options, **place)]
     try:
-        wait_until(address.exists, started[0])
+        wait_until(lambda: is_whole_json(address), started[0])
         file = f'--scheduler-file={address}'
         started += [dask('worker', file, '--nthreads=1', env=env, **place) for _ in range(workers)]
-        yield f'--dask_scheduler={read_address(address)}', started[0]
+        with distributed.Client(scheduler_file=str(address), timeout=300) as client:
+            client.wait_for_workers(workers, timeout=300)
+            option = f'--dask_scheduler={client.scheduler.address}'
+        yield option, started[0]
     finally:
         for process in started:
             kill_tree(process)
 
 
-def read_address(path) -> str:
-    """What the scheduler has written, which may not be whole yet."""
-    while True:
-        with contextlib.suppress(ValueError):
-            return json.loads(path.read_text())['address']
-        time.sleep(0.01)
+def is_whole_json(path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return bool(json.loads(path.read_text()))
+    return False
 
 
 @pytest.fixture(scope='module')
