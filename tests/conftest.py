@@ -17,6 +17,7 @@ from hypothesis import settings
 
 REPO = Path(__file__).parent.parent
 sys.path[:0] = [str(REPO / 'tests'), str(REPO / 'benchmarks'), str(REPO)]
+pytest.register_assert_rewrite('helpers', 'job')
 import demo  # noqa: E402
 import helpers  # noqa: E402
 import sample_world  # noqa: E402

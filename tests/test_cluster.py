@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,8 +194,9 @@ def test_a_scheduler_that_goes_away_ends_the_run_with_a_line(job, tmp_path):
 
 
 @pytest.mark.parametrize('step,address', [('cut', 'tcp://127.0.0.1:1'), ('extract', 'nonsense')])
-def test_an_address_without_a_cluster_is_told(job, step, address):
-    done = run(*job.command(step, job.after(step), f'--dask_scheduler={address}')[1:], code=1)
+def test_an_address_without_a_cluster_is_told(job, tmp_path, step, address):
+    root = shutil.copytree(job.before(step), tmp_path / 'root')
+    done = run(*job.command(step, root, f'--dask_scheduler={address}')[1:], code=1)
     assert 'no Dask scheduler with workers' in errors(done)
 
 
