@@ -158,8 +158,7 @@ def test_recall_is_that_of_a_loop_over_pairs(fetched):
 
 def test_a_recall_far_too_low_is_told(small, tmp_path):
     """As it is where the frames are of other videos."""
-    root = tmp_path / 'root'
-    shutil.copytree(small, root)
+    root = shutil.copytree(small, tmp_path / 'root')
     rows = (root / 'kinetics_train.csv').read_text()
     (root / 'kinetics_train.csv').write_text(
         re.sub(r',12,[^,]+,[^,]+,[^,]+,[^,]+,', ',12,0.01,0.01,0.05,0.05,', rows)
@@ -201,8 +200,7 @@ def test_boxes_are_those_of_inference_detector(fetched, tiny):
 
 
 def test_second_run_changes_nothing(small, tmp_path):
-    root = tmp_path / 'root'
-    shutil.copytree(small, root)
+    root = shutil.copytree(small, tmp_path / 'root')
     before = snapshot(root)
     assert 'nothing to do' in fetch(root).stdout
     assert snapshot(root) == before
@@ -214,8 +212,7 @@ def test_what_a_kill_or_a_disk_has_spoilt_is_detected_again(small, tmp_path):
     """Of the file of detections the first half is whole: its frames are kept, and nothing else is
     believed.
     """
-    root = tmp_path / 'root'
-    shutil.copytree(small, root)
+    root = shutil.copytree(small, tmp_path / 'root')
     lines = (root / FRAMES).read_text().splitlines(keepends=True)
     assert len(lines) == 25  # the detector and 24 frames
     expected = load(root / 'kinetics_proposal.pkl')
@@ -234,8 +231,7 @@ def test_what_a_kill_or_a_disk_has_spoilt_is_detected_again(small, tmp_path):
 
 def test_detectors_do_not_mix(small, tmp_path):
     """Another detector in between, and the first one's detections are still known."""
-    root = tmp_path / 'root'
-    shutil.copytree(small, root)
+    root = shutil.copytree(small, tmp_path / 'root')
     before = (root / 'kinetics_proposal.pkl').read_bytes()
     other = torch.load(f'{REPO}/tests/tiny_detector.pth', weights_only=True)
     other['state_dict'] = {
@@ -289,8 +285,7 @@ def test_only_what_is_new_is_detected(tmp_path):
 
 
 def test_another_run_on_the_same_pickle_is_refused(small, tmp_path):
-    root = tmp_path / 'root'
-    shutil.copytree(small, root)
+    root = shutil.copytree(small, tmp_path / 'root')
     with open(root / FRAMES, 'a') as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         message = errors(fetch(root, '--overwrite', code=1))
@@ -299,8 +294,7 @@ def test_another_run_on_the_same_pickle_is_refused(small, tmp_path):
 
 
 def test_unreadable_frames_cost_themselves_only(small, tmp_path):
-    root = tmp_path / 'root'
-    shutil.copytree(small, root)
+    root = shutil.copytree(small, tmp_path / 'root')
     frames = root / 'rawframes'
     (frames / 'scene-00000_000010_000014/img_00061.jpg').unlink()
     whole = (frames / 'scene-00001_000010_000014/img_00061.jpg').read_bytes()
@@ -512,15 +506,17 @@ def test_frames_that_were_done_before_a_kill_are_not_detected_again(tmp_path):
 )
 def test_batches_give_the_same_boxes(fetched, tmp_path, options):
     """Frames of four sizes: boxes and scores within 2e-3 of those frame by frame, the same set."""
-    fetch(fetched[0], f'--picklepath={tmp_path}/batched.pkl', *options)
-    batched, single = load(tmp_path / 'batched.pkl'), load(fetched[0] / 'kinetics_proposal.pkl')
+    root = shutil.copytree(fetched[0], tmp_path / 'root')
+    fetch(root, '--overwrite', *options)
+    batched, single = (load(path / 'kinetics_proposal.pkl') for path in (root, fetched[0]))
     assert batched.keys() == single.keys()
     for key, boxes in batched.items():
         assert_same_people(boxes, single[key])
 
 
 def test_neighbors_and_score_thr(fetched, tmp_path):
-    fetch(fetched[0], f'--picklepath={tmp_path}/few.pkl', '--neighbors=0', '--score_thr=0.99')
+    root = shutil.copytree(fetched[0], tmp_path / 'root')
+    fetch(root, f'--picklepath={tmp_path}/few.pkl', '--neighbors=0', '--score_thr=0.99')
     few, all_of_them = load(tmp_path / 'few.pkl'), load(fetched[0] / 'kinetics_proposal.pkl')
     assert few and few.keys() <= {f'scene-{scene:05d},0012' for scene in range(SCENES)}
     for key, boxes in few.items():
@@ -662,10 +658,11 @@ def test_boxes_without_area_are_no_people():
     )
 
 
-def test_a_run_says_where_it_runs(small, capsys, monkeypatch):
+def test_a_run_says_where_it_runs(small, tmp_path, capsys, monkeypatch):
+    root = shutil.copytree(small, tmp_path / 'root')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
     for options in [], ['--num_gpus=2'], ['--num_gpus=0']:
-        fetch_proposal.main([f'--avakinetics_root={small}', *TINY, '--overwrite', *options])
+        fetch_proposal.main([f'--avakinetics_root={root}', *TINY, '--overwrite', *options])
         said = 'no GPU is visible to PyTorch: the CPU is used' in capsys.readouterr().out
         assert said == (options != ['--num_gpus=0'])
 
