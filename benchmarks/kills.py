@@ -19,16 +19,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ('', 'tests')]
 import torch  # noqa: E402, F401, before decord
-from helpers import kill_tree  # noqa: E402
+from helpers import kill_tree, start  # noqa: E402
 from job import STEPS, Job, assert_undisturbed, assert_whole, make_job  # noqa: E402
 
 KILLS = 3
-
-
-def start(command: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
 
 
 def main() -> None:
@@ -48,8 +42,7 @@ def main() -> None:
                     met[step] += process.poll() is None
                     kill_tree(process)
                     assert_whole(job, step, root)
-                if start(job.command(step, root)).wait():
-                    sys.exit(f'the last run of {step} failed in {root}')
+                subprocess.run(job.command(step, root), check=True, capture_output=True)
                 assert_undisturbed(job, step, root)
                 shutil.rmtree(root)
             print(f'{step:<20}{met[step]:>4} of {rounds * KILLS} kills met it at work', flush=True)
@@ -60,9 +53,10 @@ def time_undisturbed(job: Job, step: str, root: Path) -> float:
     """Seconds that a step takes."""
     shutil.copytree(job.before(step), root, symlinks=True)
     began = time.perf_counter()
-    start(job.command(step, root)).wait()
+    subprocess.run(job.command(step, root), check=True, capture_output=True)
+    seconds = time.perf_counter() - began
     shutil.rmtree(root)
-    return time.perf_counter() - began
+    return seconds
 
 
 if __name__ == '__main__':

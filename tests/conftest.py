@@ -24,10 +24,7 @@ import sample_world  # noqa: E402
 from helpers import TINY, here, run, snapshot  # noqa: E402
 from job import Job, make_job  # noqa: E402
 
-# a background job ignores Ctrl-C, one under nohup a lost terminal, and so would the steps
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
+os.environ['no_proxy'] = '127.0.0.1'  # where the tests serve files
 settings.register_profile('the same examples every time', derandomize=True, deadline=None)
 settings.load_profile('the same examples every time')
 
@@ -39,13 +36,13 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def ended_by_sigterm():
-    """A main that a test calls takes SIGTERM for Ctrl-C, with which forked pools may hang."""
+    """Undo what a script's main did to SIGTERM: pools that are forked later would inherit it."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope='session')
 def common(tmp_path_factory):
-    """A function that gives the folder of a name, which `make` fills once a session.
+    """Return folder(name, make): a folder that make(folder) fills once a session.
 
     All test processes share it, so no test may change what is in there.
     """
@@ -94,7 +91,7 @@ def make_world(mmaction2: Path) -> None:
 
 
 def prepare_without_frames(mmaction2: Path) -> str:
-    """The training split once more in data/without, without Step 4: what Step 7 says at its end."""
+    """The training split again, in data/without and without Step 4; returns what Step 7 says."""
     data, root = mmaction2 / 'data', mmaction2 / 'data/without'
     place = [
         f'--avakinetics_anotation={mmaction2}/tools/data/ava_kinetics/ava_kinetics_v1_0',

@@ -103,19 +103,25 @@ def refused(script, *arguments) -> str:
 
 
 def said(text: str) -> list[str]:
-    """The lines of stderr but for progress bars, at whose end one may stand."""
+    """The lines of stderr without progress bars, which a message may follow on the same line."""
     lines = (re.sub(r'.*%\|[^]]*]?', '', line) for line in text.replace('\r', '\n').splitlines())
     return [line for line in lines if line.strip()]
+
+
+def start(command: list, **options) -> subprocess.Popen:
+    """Start a step in a session of its own, from which `kill_tree` knows what belongs to it."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, start_new_session=True, **pipes | options)
 
 
 def wait_until(condition, process: subprocess.Popen) -> None:
     """Wait for what a process is about to bring about; fails where it ends before."""
     deadline = time.monotonic() + 300
     while not condition():
-        if process.poll() is not None and not condition():
-            out, err = process.communicate()
-            raise AssertionError(f'ended with {process.returncode} before that: {out}{err}')
         assert time.monotonic() < deadline, 'it did not come about within 300 s'
+        if process.poll() is not None and not condition():
+            out, err = kill_tree(process)
+            raise AssertionError(f'ended with {process.returncode} before that: {out}{err}')
         time.sleep(0.01)
 
 
@@ -135,40 +141,38 @@ def held_processes(notes: Path) -> list[int]:
     return [int(path.name) for path in notes.iterdir() if path.name != 'go']
 
 
-def start_held(command: list, notes: Path, at: str, processes: int = 1, how: str = 'hold'):
-    """Start a step in a session of its own, and wait until so many processes have come to `at`."""
-    process = subprocess.Popen(
-        command,
-        env=held_environment(notes, at, how),
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@contextlib.contextmanager
+def held(command: list, notes: Path, at: str, processes: int = 1, how: str = 'hold'):
+    """A step of which so many processes have come to `at`; what is left of it is killed."""
+    process = start(command, env=held_environment(notes, at, how))
     try:
         wait_until(lambda: len(held_processes(notes)) >= processes, process)
-    except AssertionError:
+        yield process
+    finally:
         kill_tree(process)
-        raise
-    return process
 
 
-def kill_tree(process: subprocess.Popen) -> None:
-    """Kill all that runs in a session that was started with this process, and wait for it."""
-    for number in signal.SIGSTOP, signal.SIGKILL:  # so that none sees another go
-        for member in session_members(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(member, number)
-    process.communicate()
+def kill_tree(process: subprocess.Popen) -> tuple[str | None, str | None]:
+    """Kill all that runs in the session of a process, at once; what was said until then."""
+    while members := session_members(process.pid):
+        for number in signal.SIGSTOP, signal.SIGKILL:  # so that none sees another go
+            for member in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.1)
+    with contextlib.suppress(ValueError):  # its pipes were read to their ends before
+        return process.communicate(timeout=60)
+    return None, None
 
 
 def session_members(session: int) -> list[int]:
-    """The processes of a session, in whatever process groups."""
+    """The processes of a session that have not ended, in whatever process groups."""
     members = []
-    for pid in psutil.pids():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getsid(pid) == session:
-                members.append(pid)
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process.pid)
     return members
 
 
@@ -303,9 +307,9 @@ def clip_frames(path: Path) -> list[int]:
 def fake_frames(folder: Path, clip: str, count: int | None = None) -> None:
     """A clip folder with as many frames, none a picture, as its name says, or with `count`."""
     (folder / clip).mkdir(parents=True)
-    for index in range(
-        1, ((int(clip[-6:]) - int(clip[-13:-7])) * 30 if count is None else count) + 1
-    ):
+    if count is None:
+        count = (int(clip[-6:]) - int(clip[-13:-7])) * 30
+    for index in range(1, count + 1):
         (folder / clip / f'img_{index:05d}.jpg').write_bytes(b'frame')
 
 

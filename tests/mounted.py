@@ -2,8 +2,8 @@
 
     python mounted.py MOUNT BEFORE OUT FREE_KB COMMAND...
 
-Mounts a tmpfs of 60 MB at the folder MOUNT and copies BEFORE to MOUNT/root. FREE_KB is what else is
-left on it when COMMAND runs, or `readonly`. OUT gets the tree after that, full/, and then, with
+Mounts a tmpfs of 60 MB at the folder MOUNT and copies BEFORE to MOUNT/root. FREE_KB is the free
+space when COMMAND runs, or `readonly`. OUT gets the tree after that, full/, and then, with
 space again, that after a second run, root/. Prints the codes and stderr of both runs as JSON. Ends
 with 77 where this user may not mount.
 """
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 MS_RDONLY, MS_REMOUNT, MS_PRIVATE_OF_ALL = 1, 32, 0x44000
@@ -23,9 +24,12 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 def check(returned: int) -> None:
     if returned:
-        number = ctypes.get_errno()
-        print(f'no file system can be mounted here: {os.strerror(number)}', file=sys.stderr)
-        sys.exit(77)
+        refuse(ctypes.get_errno())
+
+
+def refuse(number: int) -> NoReturn:
+    print(f'no file system can be mounted here: {os.strerror(number)}', file=sys.stderr)
+    sys.exit(77)
 
 
 def mount(folder: Path) -> None:
@@ -33,15 +37,18 @@ def mount(folder: Path) -> None:
     user, group = os.getuid(), os.getgid()
     check(LIBC.unshare(CLONE_NEWNS | (CLONE_NEWUSER if user else 0)))
     if user:
-        Path('/proc/self/setgroups').write_text('deny')
-        Path('/proc/self/uid_map').write_text(f'0 {user} 1')
-        Path('/proc/self/gid_map').write_text(f'0 {group} 1')
+        try:
+            Path('/proc/self/setgroups').write_text('deny')
+            Path('/proc/self/uid_map').write_text(f'0 {user} 1')
+            Path('/proc/self/gid_map').write_text(f'0 {group} 1')
+        except OSError as error:
+            refuse(error.errno)
     check(LIBC.mount(None, b'/', None, MS_PRIVATE_OF_ALL, None))
     check(LIBC.mount(b'none', os.fsencode(folder), b'tmpfs', 0, b'size=60m'))
 
 
 def fill(path: Path, free_kb: int) -> None:
-    """Take all space but so much."""
+    """Fill the disk until so many KB are left."""
     with open(path, 'wb', buffering=0) as file:
         try:
             while file.write(bytes(1 << 16)):

@@ -25,6 +25,7 @@ from helpers import (
     run,
     said,
     snapshot,
+    start,
     wait_until,
     write_detector_class,
     write_root,
@@ -35,13 +36,8 @@ CLIP = r'os.rename .*/videos/[^/]*\.mp4$'
 
 
 def dask(*arguments, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, '-m', 'dask', *map(str, arguments), '--no-dashboard'],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        **options,
-    )
+    command = [sys.executable, '-m', 'dask', *map(str, arguments), '--no-dashboard']
+    return start(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
 
 
 @contextlib.contextmanager
@@ -53,8 +49,8 @@ def cluster(folder, workers: int = 2, env: dict | None = None):
     started = [dask('scheduler', *options, **place)]
     try:
         wait_until(lambda: is_whole_json(address), started[0])
-        file = f'--scheduler-file={address}'
-        started += [dask('worker', file, '--nthreads=1', env=env, **place) for _ in range(workers)]
+        options = [f'--scheduler-file={address}', f'--local-directory={folder}', '--nthreads=1']
+        started += [dask('worker', *options, env=env, **place) for _ in range(workers)]
         with distributed.Client(scheduler_file=str(address), timeout=300) as client:
             client.wait_for_workers(workers, timeout=300)
             option = f'--dask_scheduler={client.scheduler.address}'
@@ -109,7 +105,7 @@ def test_proposals_are_the_same_on_a_cluster_and_each_worker_builds_one_detector
         open(f'{tmp_path}/built {{os.getpid()}}', 'x').close()
 """,
     )
-    expected = here('fetch_proposal.py', f'--avakinetics_root={root}', *TINY)
+    here('fetch_proposal.py', f'--avakinetics_root={root}', *TINY)
     expected = load(root / 'kinetics_proposal.pkl')
     env = os.environ | dict(PYTHONPATH=str(tmp_path))
     with cluster(tmp_path, env=env) as (option, _):
@@ -125,7 +121,7 @@ def test_proposals_are_the_same_on_a_cluster_and_each_worker_builds_one_detector
     assert found.keys() == expected.keys() and len(found) == 36
     for key, boxes in found.items():
         assert_same_people(boxes, expected[key])
-    assert 2 <= len(list(tmp_path.glob('built *'))) <= 3  # nine chunks, which one worker may get
+    assert 2 <= len(list(tmp_path.glob('built *'))) <= 3  # one worker may get all nine chunks
 
 
 def test_a_detector_that_cannot_start_on_a_worker_ends_the_run_with_a_line(tmp_path, shared):
@@ -142,13 +138,7 @@ model = dict(test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms'))))
 def test_a_worker_that_is_killed_costs_nothing(job, tmp_path):
     root, notes = tmp_path / 'root', tmp_path / 'notes'
     with cluster(tmp_path, env=held_environment(notes, CLIP)) as (option, _):
-        process = subprocess.Popen(
-            job.command('cut', root, option),
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = start(job.command('cut', root, option))
         try:
             wait_until(lambda: held_processes(notes), process)
             os.kill(held_processes(notes)[0], signal.SIGKILL)
@@ -175,12 +165,7 @@ def test_an_item_that_kills_every_worker_costs_itself_only(job, tmp_path):
 def test_a_scheduler_that_goes_away_ends_the_run_with_a_line(job, tmp_path):
     root, notes = tmp_path / 'root', tmp_path / 'notes'
     with cluster(tmp_path, env=held_environment(notes, CLIP)) as (option, scheduler):
-        process = subprocess.Popen(
-            job.command('cut', root, option),
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        process = start(job.command('cut', root, option))
         try:
             wait_until(lambda: held_processes(notes), process)
             scheduler.kill()

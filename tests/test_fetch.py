@@ -32,6 +32,7 @@ from helpers import (
     Evil,
     assert_same_people,
     errors,
+    held,
     here,
     kill_tree,
     load,
@@ -40,7 +41,6 @@ from helpers import (
     read_report,
     refused,
     snapshot,
-    start_held,
     wait_until,
     write_detector_class,
     write_root,
@@ -412,7 +412,8 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
     assert 'do Step 5' in errors(fetch(fetched[0], f'--datalist={tmp_path}/none.csv', code=1))
 
     def refusal(*options, root=fetched[0], config=TINY[0]):
-        return refused('fetch_proposal.py', f'--avakinetics_root={root}', config, TINY[1], *options)
+        place = f'--avakinetics_root={root}', f'--picklepath={tmp_path}/none.pkl'
+        return refused('fetch_proposal.py', *place, config, TINY[1], *options)
 
     assert 'do Step 3' in refusal(f'--datalist={fetched[0]}/kinetics_train.csv', root=tmp_path)
     (tmp_path / 'empty.csv').touch()
@@ -486,9 +487,9 @@ def test_a_checkpoint_is_downloaded_once(tmp_path, monkeypatch):
 def test_frames_that_were_done_before_a_kill_are_not_detected_again(tmp_path):
     root, notes = write_root(tmp_path, range(12)), tmp_path / 'notes'
     command = [sys.executable, str(REPO / 'fetch_proposal.py'), f'--avakinetics_root={root}', *TINY]
-    process = start_held(command, notes, r'open .*/scene-00009_.*\.jpg$')
-    wait_until(lambda: (root / FRAMES).read_text().count('people') >= 4, process)
-    kill_tree(process)
+    with held(command, notes, r'open .*/scene-00009_.*\.jpg$') as process:
+        wait_until(lambda: (root / FRAMES).read_text().count('people') >= 4, process)
+        kill_tree(process)
     assert not (root / 'kinetics_proposal.pkl').exists()
     lines = (root / FRAMES).read_text().splitlines()
     kept = [json.loads(line) for line in lines[1:] if line.endswith('}')]

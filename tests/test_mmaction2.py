@@ -2,8 +2,6 @@
 result.
 """
 
-import pickle
-
 import cv2
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import pytest
 import demo
 import draw
 import sample_world
-from helpers import overlap, read_report
+from helpers import overlap, read_report, load
 
 # clip_len x frame_interval of MMAction2's AVA-Kinetics configs
 WINDOWS = [(4, 16), (8, 8), (16, 4)]
@@ -124,8 +122,7 @@ def test_the_window_shows_the_right_moment(mmaction2):
 
 
 def test_proposals_of_the_sample_are_real_detections(mmaction2):
-    with open(mmaction2.root / 'kinetics_proposal.pkl', 'rb') as file:
-        proposals = pickle.load(file)
+    proposals = load(mmaction2.root / 'kinetics_proposal.pkl')
     scene = good = total = 0
     for videos in sample_world.SCENES.values():
         for video, start, _, size, seconds in videos:

@@ -37,6 +37,7 @@ def shrink(config: Config, work_dir) -> Config:
     """ResNet-18 on 64 pixels without pretrained weights, four clips a batch."""
     config.work_dir, config.param_scheduler = str(work_dir), []
     config.model.update(init_cfg=None)
+    config.randomness = dict(seed=0)
     config.model.backbone.depth, config.model.roi_head.bbox_head.in_channels = 18, 512
     config.optim_wrapper.optimizer.lr = 0.02
     loaders = [config.train_dataloader, config.val_dataloader, config.test_dataloader]

@@ -2,9 +2,10 @@
 
 Python imports this file when it starts and PYTHONPATH names its folder. HOLD_AT is a regular
 expression for one of Python's audit events and what it is about: `os.rename .*/kinetics_train.csv`
-is a file about to get this name, `write .*` one about to be opened for writing. The process notes
-its number in HOLD_NOTES, then waits until HOLD_NOTES/go is there, or with HOLD_HOW=kill kills
-itself, or with HOLD_HOW=note goes on. Workers inherit all of it.
+is a file about to get this name, `write .*` one about to be opened for writing. The process writes
+what it came to into a file in HOLD_NOTES that is called by its number. Then it waits until
+HOLD_NOTES/go is there, or with HOLD_HOW=kill kills itself, or with HOLD_HOW=note goes on. Workers
+inherit all of it.
 """
 
 import os
@@ -14,7 +15,11 @@ import sys
 import time
 
 AT, NOTES, HOW = re.compile(os.environ['HOLD_AT']), os.environ['HOLD_NOTES'], os.environ['HOLD_HOW']
-EVENTS = {'open': 0, 'os.rename': 1, 'os.symlink': 1, 'fcntl.flock': 1}  # which argument tells it
+EVENTS = {'open': 0, 'os.rename': 1, 'fcntl.flock': 1}  # which of its arguments AT is matched with
+
+# pytest ignores Ctrl-C in the background and SIGHUP under nohup; a step would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def hold(event: str, arguments: tuple) -> None:
@@ -26,7 +31,9 @@ def hold(event: str, arguments: tuple) -> None:
     about = os.fsdecode(about) if isinstance(about, (str, bytes, os.PathLike)) else about
     if not AT.search(f'{event} {about}') or os.path.exists(f'{NOTES}/go'):
         return
-    os.close(os.open(f'{NOTES}/{os.getpid()}', os.O_CREAT))
+    note = os.open(f'{NOTES}/{os.getpid()}', os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.write(note, f'{about}\n'.encode(errors='replace'))
+    os.close(note)
     if HOW == 'kill':
         os.kill(os.getpid(), signal.SIGKILL)
     while HOW == 'hold' and not os.path.exists(f'{NOTES}/go'):
