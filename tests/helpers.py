@@ -73,9 +73,9 @@ def here(script, *arguments, code=0, cwd='.') -> subprocess.CompletedProcess:
     return done
 
 
-def cut(world: Path, *options, **kwargs) -> subprocess.CompletedProcess:
+def cut(world: Path, *options, by=here, **kwargs) -> subprocess.CompletedProcess:
     """Step 3 on what lies in the folders of the fixture `world`."""
-    return here(
+    return by(
         'cut_kinetics.py',
         f'--avakinetics_anotation={world}/ava_kinetics_v1_0',
         f'--kinetics_list={world}/kinetics700/list.txt',

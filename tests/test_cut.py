@@ -68,7 +68,7 @@ def matrix(tmp_path_factory):
     (folder / 'kinetics700/list.txt').write_text('\n'.join(lines) + '\n')
     (folder / 'ava_kinetics_v1_0').mkdir()
     (folder / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').write_text(rows)
-    return folder, cut(folder)
+    return folder, cut(folder, by=run)
 
 
 def test_no_keyframe_is_lost(matrix):
