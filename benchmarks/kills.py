@@ -32,10 +32,10 @@ def main() -> None:
         make_job(Path(name, 'job'))
         job = Job(Path(name, 'job'))
         for step in STEPS:
+            usual = time_undisturbed(job, step, Path(name, 'undisturbed'))
             for number in range(rounds):
                 root = Path(name, f'{step} {number}')
                 shutil.copytree(job.before(step), root, symlinks=True)
-                usual = time_undisturbed(job, step, Path(name, 'undisturbed'))
                 for _ in range(KILLS):
                     process = start(job.command(step, root))
                     time.sleep(chance.uniform(0, usual))

@@ -18,6 +18,7 @@ from helpers import REPO, TINY, annotation_rows, here, load, snapshot
 
 VIDEOS, SIZE = 8, (320, 240)
 AVA_VIDEOS = '-5KQ66BBWC4', 'AVA_mov-1_x'
+A_CLIP = r'os.rename .*/videos/[^/]*\.mp4$'  # where hold/sitecustomize.py stops Step 3 at work
 CUT = ['cut_kinetics.py', '--num_workers=2', '--avakinetics_anotation={job}']
 STEPS = {
     'cut': [*CUT, '--kinetics_list={job}/list.txt'],
@@ -74,11 +75,10 @@ def make_job(folder: Path) -> None:
             shutil.copytree(folder / 'ava/annotations', before / 'annotations')
         shutil.copytree(before, job.after(step), symlinks=True)
         command = job.command(step, job.after(step))[1:]
-        if step == 'fetch':
-            here(*command)
-        else:
+        if step != 'fetch':
             subprocess.run([sys.executable, *command], check=True, capture_output=True)
-        if step == 'fetch':
+        else:
+            here(*command)
             assert len(load(job.after(step) / 'kinetics_proposal.pkl')) == 3 * (VIDEOS + 1)
         # the step whose result the next one starts from
         last = {'cut archives': 'cut', 'prepare from videos': 'prepare'}.get(step, step)

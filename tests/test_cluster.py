@@ -30,9 +30,7 @@ from helpers import (
     write_detector_class,
     write_root,
 )
-from job import VIDEOS, assert_undisturbed
-
-CLIP = r'os.rename .*/videos/[^/]*\.mp4$'
+from job import A_CLIP, VIDEOS, assert_undisturbed
 
 
 def dask(*arguments, **options) -> subprocess.Popen:
@@ -137,7 +135,7 @@ model = dict(test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms'))))
 
 def test_a_worker_that_is_killed_costs_nothing(job, tmp_path):
     root, notes = tmp_path / 'root', tmp_path / 'notes'
-    with cluster(tmp_path, env=held_environment(notes, CLIP)) as (option, _):
+    with cluster(tmp_path, env=held_environment(notes, A_CLIP)) as (option, _):
         process = start(job.command('cut', root, option))
         try:
             wait_until(lambda: held_processes(notes), process)
@@ -164,7 +162,7 @@ def test_an_item_that_kills_every_worker_costs_itself_only(job, tmp_path):
 
 def test_a_scheduler_that_goes_away_ends_the_run_with_a_line(job, tmp_path):
     root, notes = tmp_path / 'root', tmp_path / 'notes'
-    with cluster(tmp_path, env=held_environment(notes, CLIP)) as (option, scheduler):
+    with cluster(tmp_path, env=held_environment(notes, A_CLIP)) as (option, scheduler):
         process = start(job.command('cut', root, option))
         try:
             wait_until(lambda: held_processes(notes), process)

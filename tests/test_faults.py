@@ -19,15 +19,15 @@ import psutil
 import pytest
 
 from helpers import held, held_environment, held_processes, here, kill_tree, run, said, snapshot
-from job import STEPS, assert_undisturbed, assert_whole
+from job import A_CLIP, STEPS, assert_undisturbed, assert_whole
 
 INTERRUPTED = ['interrupted; run the same command again']
 HALF_A_CLIP = r'write .*/img_00030\.jpg$'
 CLIPS = [r'/videos/[^/]*\.mp4$', r'/videos/00000000004_']
 # step -> where it is held while it works, and how many processes get there: two workers, or one
 WORKING = {
-    'cut': (r'os.rename .*/videos/[^/]*\.mp4$', 2),
-    'cut archives': (r'os.rename .*/videos/[^/]*\.mp4$', 2),
+    'cut': (A_CLIP, 2),
+    'cut archives': (A_CLIP, 2),
     'extract': (HALF_A_CLIP, 2),
     'prepare': (r'os.rename .*/kinetics_train\.csv$', 1),
     'prepare from videos': (r'os.rename .*/kinetics_train\.csv$', 1),
@@ -50,15 +50,13 @@ STAGES = {
 
 def finish(job, step: str, root: Path) -> None:
     """Run a step to its end: then all is as if nothing had stopped it before."""
-    (run if step == 'merge' else here)(
-        *job.command(step, root)[1:]
-    )  # in this process its lock would stay
+    by = run if step == 'merge' else here  # in this process the lock of Step 7a would stay
+    by(*job.command(step, root)[1:])
     assert_undisturbed(job, step, root)
 
 
 def copy_before(job, step: str, folder: Path) -> Path:
-    shutil.copytree(job.before(step), folder / 'root', symlinks=True)
-    return folder / 'root'
+    return shutil.copytree(job.before(step), folder / 'root', symlinks=True)
 
 
 @pytest.mark.parametrize('step', STEPS)
