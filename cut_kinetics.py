@@ -1,127 +1,107 @@
 #!/usr/bin/env python3
 """Step 3: cut the annotated clips out of the Kinetics-700 videos.
 
-Reads the AVA-Kinetics annotations (kinetics_train_v1.0.csv) and the list of Kinetics-700 videos, or
-their archives, and writes ROOT/videos/<video_id>_<start:06d>_<end:06d>.mp4: two seconds around the
-annotated keyframes, constant 30 fps, exactly (end - start) * 30 frames, frame k being the source
-frame nearest to source time start - source_start + k / 30. What could not be cut is in
-ROOT/reports/cut_kinetics_train.csv with its reason. Run it again to continue after an interruption:
-clips that are there are kept, unless their source is newer. With `--split val`, all names have val
-in place of train.
+Reads the annotations of AVA-Kinetics (kinetics_train_v1.0.csv) and the videos of Kinetics-700, from
+a list of files or straight from archives, and writes ROOT/videos/<video id>_<start>_<end>.mp4: the
+annotated keyframes with two seconds around them, at constant 30 fps. Frame k of a clip is the frame
+of the source that is nearest to source time start - source_start + k / 30.
+
+Keyframes that no clip holds are in ROOT/reports/cut_kinetics_train.csv, with the reason. The same
+command continues after an interruption. A clip that is older than its source is cut again. With
+--split val, all names have val in place of train.
 
     python3 cut_kinetics.py --avakinetics_anotation=./ava_kinetics_v1_0 \\
         --kinetics_list=$MMACTION2/data/kinetics700/kinetics700_train_list_videos.txt \\
         --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import csv
 import ctypes
-import errno
 import fcntl
+import functools
+import gzip
+import hashlib
+import importlib
 import io
 import json
 import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
-import types
+import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict, deque
+from concurrent.futures import FIRST_COMPLETED, CancelledError, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from fractions import Fraction
 from itertools import islice
+from multiprocessing import active_children, get_context
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import TYPE_CHECKING, Callable, Iterable, Iterator, NamedTuple
 
-import imageio_ffmpeg
+from joblib import cpu_count
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from distributed import Client
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
-# seconds kept before and after the keyframes; MMAction2's windows reach 32 frames, about one second
-CONTEXT_S = 2
-MAX_REPEAT = 22  # frames: a source that ends up to 0.75 s early has its last frame repeated
-# how far a frame's source time may be from its due time where pictures are missing
-MAX_OFF_S = 0.75
-# codec delays put the first picture up to 0.1 s behind the sound; beyond, pictures are missing
+CONTEXT_S = 2  # kept before and after the keyframes; MMAction2's windows reach 32 frames
+MAX_OFF_S = 0.75  # how far a frame may be from its due time, where the source lacks pictures
+# Codec delays put the first picture up to 0.1 s behind the sound; beyond 0.2 s, some are missing
 MAX_LEAD_S = 0.2
-# More SSIM than x264's defaults (medium, crf 23) at a third of the time and below 1.8 times the
-# size. One B-frame and no look-ahead are faster than superfast itself; without CABAC (9 % of size),
-# Step 4 and training decode a quarter faster. Large pictures need CABAC to stay below 1.8 times the
-# size
-ENCODER = [
-    '-c:v',
-    'libx264',
-    '-preset',
-    'superfast',
-    '-bf',
-    '1',
-    '-b_strategy',
-    '0',
-    '-weightp',
-    '0',
-    '-threads',
-    '1',
-    '-pix_fmt',
-    'yuv420p',
-]
-QUALITY, LARGE_QUALITY, LARGE = (
-    ['-crf', '21.4', '-coder', 'vlc'],
-    ['-crf', '21.6'],
-    480,
-)  # pixels of the short side
-# what decoders and JPEG assume, and most sources use
-COLOURS = 'scale=out_range=limited:out_color_matrix=bt601'
-CLIP_FORMAT = 2  # higher for each change of this script that makes other clips
-# Only real containers: ffmpeg would also read a playlist under a video's name, and with it any
-# other file
-FORMATS = 'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpegts,mpeg,ogg'
+# More SSIM than x264's defaults (medium, crf 23) at a third of the time, below 1.8 times the size.
+# Without CABAC (9 % of the size), Step 4 and training decode a quarter faster; large pictures need
+# it to stay below 1.8 times the size
+ENCODER = dict(preset='superfast', bf='1', b_strategy='0', weightp='0')
+SMALL, LARGE = dict(crf='21.4', coder='vlc'), dict(crf='21.6')
+LARGE_SIDE = 480  # pixels of the short side, above which LARGE is used
+CLIP_FORMAT = 3  # one more for each change of this script that makes other clips
+# Only real containers: FFmpeg would also read a playlist, and with it any file that it names
+CONTAINERS = 'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpegts,mpeg,ogg'
 MAX_PIXELS = 7680 * 4320  # a header that claims larger pictures would cost gigabytes of memory
-READING = dict(format_whitelist=FORMATS, protocol_whitelist='file', max_pixels=str(MAX_PIXELS))
-MAX_BYTES = 2**30  # of a video in an archive; ten seconds have a few MB
-# s that ffmpeg may take for each second of video, some 100 times the usual, and 30 s more
-TIME_LIMIT = 12
-MISSING, OF_FFMPEG = (
-    'file missing: ',
-    'unreadable video: ffmpeg ',
-)  # how reasons begin that are not the video's fault
-KILLED = f'{OF_FFMPEG}was killed, as it happens when memory runs out'
-# What ffmpeg says where threads, memory or permissions are short
-REFUSAL = (
-    'Resource temporarily unavailable|Cannot allocate memory|malloc of size|Permission '
-    'denied|Too many open files'
-)
-DISK_FULL = {b'No space left on device': errno.ENOSPC, b'Disk quota exceeded': errno.EDQUOT}
-# Messages that damaged files cause, and none of the intact files that were tried. A stream without
-# an index may lose packets, which ffmpeg tells at level debug alone
-FAULT = (
-    r'\[(error|fatal)\]|corrupt|undecodable|Invalid timestamps|Continuity check '
-    r'failed|Frame num gap'
-)
-OTHER_SIZE = r'context - (w: \d+ h: \d+ fmt: \d+) .*incoming frame - (?!\1)'
-# at the start of a video that a tool cut out of open groups of pictures
-HARMLESS = 'mmco: unref short failure'
-STREAMS = '.ts', '.mts', '.m2ts', '.mpg', '.mpeg', '.vob'
-READ_AGAIN = 'archive to read again'
+MAX_BYTES = 2**28  # of a video in an archive; ten seconds have a few MB
+DELAY = 5  # pictures after which decoders have noticed most errors
+HARMLESS = 'mmco: unref short failure'  # at the start of videos cut out of open groups of pictures
+BT601 = 6  # matrix_coefficients of ITU-T H.273
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
-AHEAD = 2000  # items that a cluster is given at once
+AHEAD = 500  # items that a cluster is given at once
 VIDEO_ID = re.compile(r'[A-Za-z0-9_-]{11}')
-NUMBERS = ['timestamp', 'x1', 'y1', 'x2', 'y2', 'action']
-BLOCK = 2**22  # bytes of annotations that are read together
-SOURCE_NAME = r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})\.[A-Za-z0-9]+'
+NOBODY = 0, 0, 1, 1, 1  # stands for box and action in rows of two columns
+LABEL = re.compile(r'\s+[+-]?[0-9]+$')  # of a list's line
+NAME = re.compile(r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})\.[A-Za-z0-9]+')
+
+Keyframes = dict[str, list[int]]  # video id -> annotated seconds
+
+
+class Source(NamedTuple):
+    """A video of Kinetics-700: seconds start to end of a YouTube video."""
+
+    video: str
+    start: int
+    end: int
+    path: str
+
+
+class Unusable(Exception):
+    """A video out of which a clip cannot be cut; its text is the reason."""
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description='Step 3: cut the annotated clips out of the Kinetics-700 videos.',
-        fromfile_prefix_chars='@',
+        description='Step 3: cut the annotated clips out of the Kinetics-700 videos.'
     )
     parser.add_argument(
         '--avakinetics_anotation',
@@ -142,15 +122,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar='FILE',
         help='list of the Kinetics-700 videos, a line each: PATH [LABEL] (default: '
-        f'{MMACTION2}/data/kinetics700/kinetics700_train_list_videos.txt, or ..._val_...)',
+        f'{MMACTION2}/data/kinetics700/kinetics700_train_list_videos.txt, _val_ with --split val)',
     )
     parser.add_argument(
         '--kinetics_archives',
         nargs='+',
+        default=[],
         metavar='ARCHIVE',
-        help='in place of --kinetics_list: tar or tar.gz files or URLs, or @FILE with one of '
-        'these a line; '
-        'read in one pass, never unpacked',
+        help='instead of --kinetics_list: tar files, compressed or not, which are never unpacked: '
+        'paths, URLs, @FILE with one of these a line, - for standard input',
     )
     parser.add_argument(
         '--short_side',
@@ -163,7 +143,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         default=MMACTION2 / 'data/ava_kinetics',
         metavar='DIR',
-        help='folder of the data set that is made (default: %(default)s)',
+        help='folder of the data set (default: %(default)s)',
     )
     parser.add_argument(
         '--num_workers',
@@ -175,557 +155,338 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--dask_scheduler',
         metavar='ADDRESS',
-        help='work on the Dask cluster of this scheduler, such as tcp://host:8786, not on '
-        'this machine',
-    )
-    parser.add_argument(
-        '--ffmpeg',
-        metavar='PATH',
-        help="ffmpeg program; other versions may choose other frames (default: imageio-ffmpeg's)",
-    )
-    parser.add_argument(
-        '--overwrite', action='store_true', help='cut clips again that are there already'
+        help='work on the Dask cluster of this scheduler, such as tcp://host:8786',
     )
     args = parser.parse_args(argv)
-    args.kinetics_list = (
-        args.kinetics_list
-        or MMACTION2 / f'data/kinetics700/kinetics700_{args.split}_list_videos.txt'
-    )
-    args.avakinetics_root = args.avakinetics_root.absolute()
-    try:
-        args.ffmpeg = args.ffmpeg or imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError:  # its wheel for this machine brings none
-        sys.exit('error: imageio-ffmpeg has no ffmpeg for this machine; set --ffmpeg')
+    if args.kinetics_list and args.kinetics_archives:
+        sys.exit('error: give --kinetics_list or --kinetics_archives, not both')
     if args.num_workers < 1 and args.num_workers != -1:
         sys.exit('error: --num_workers must be 1 or more, or -1 for all CPUs')
     if args.short_side is not None and (args.short_side < 2 or args.short_side % 2):
         sys.exit('error: --short_side must be an even number of pixels, such as 256')
+    for index, name in reversed(list(enumerate(args.kinetics_archives))):
+        if name.startswith('@'):
+            args.kinetics_archives[index : index + 1] = Path(name[1:]).read_text().split()
+    listed = MMACTION2 / f'data/kinetics700/kinetics700_{args.split}_list_videos.txt'
+    args.kinetics_list = args.kinetics_list or listed
+    root = args.avakinetics_root.absolute()
+    args.videos, args.reports = root / 'videos', root / 'reports'
+    args.work = args.videos / f'.cut_kinetics_{args.split}'
     return args
 
 
-def read_annotations(path: Path):
-    """The rows as a DataFrame of video and NUMBERS, and report rows on malformed lines.
+def read_annotations(path: Path) -> tuple[list[tuple], list[tuple]]:
+    """The rows (video, second, numbers) of an annotation file, and report rows on malformed lines.
 
-    Rows of two columns name keyframes without people: their box and action are NaN.
+    The numbers are x1, y1, x2, y2, relative to the frame, and the action; none where the row has
+    two columns, which name a keyframe on which nobody was annotated.
     """
-    import numpy as np
-    import pandas as pd
-
-    tables, problems, count = [], [], 0
-    with open(path, 'rb') as file:
-        while block := file.read(BLOCK) + file.readline():
+    rows, problems = [], []
+    with open(path, encoding='utf-8-sig', errors='replace') as file:
+        for index, line in enumerate(file, 1):
+            fields = [field.strip().strip('"') for field in line.rstrip(' ,\r\n').split(',')]
             try:
-                if block.split(b'\n', 1)[0].count(b',') > 6:
-                    raise ValueError(
-                        'pandas would make an index of these columns, or fail on others'
-                    )
-                table = pd.read_csv(
-                    io.BytesIO(block),
-                    header=None,
-                    names=['video', *NUMBERS],
-                    quoting=csv.QUOTE_NONE,
-                    dtype={'video': str, **dict.fromkeys(NUMBERS, float)},
-                    skip_blank_lines=False,
-                    keep_default_na=False,
-                    na_values=[''],
-                )
-                if not all(map(VIDEO_ID.fullmatch, table.video.unique().tolist())):
-                    raise ValueError('quotes, spaces')
-                named, blank = table.video.notna(), table.video.isna()
-            except (ValueError, TypeError):  # a line that is not of this form: each is taken apart
-                lines = io.TextIOWrapper(io.BytesIO(block), 'utf-8-sig', 'replace').readlines()
-                rows = [
-                    [field.strip().strip('"') or None for field in line.split(',')]
-                    for line in lines
-                ]
-                table = pd.DataFrame(
-                    [row + [None] * (7 - len(row)) if len(row) <= 7 else [''] * 7 for row in rows],
-                    columns=['video', *NUMBERS],
-                )
-                numbers = table[NUMBERS].apply(pd.to_numeric, errors='coerce').astype(float)
-                table[NUMBERS] = numbers.mask(
-                    numbers.isna() & table[NUMBERS].notna(), -1
-                )  # not a number
-                named = table.video.fillna('').str.fullmatch(VIDEO_ID)
-                blank = np.array([not line.strip() for line in lines])
-            box, nobody = table[NUMBERS[1:5]], table[NUMBERS[1:]].isna().all(axis=1)
-            inside = (
-                ((box >= 0) & (box <= 1)).all(axis=1)
-                & (table.x1 < table.x2)
-                & (table.y1 < table.y2)
-            )
-            faults = [
-                ('no video id, or more than 7 columns', ~named),
-                ('not a time in seconds', ~table.timestamp.between(0, 1e6, 'left')),
-                ('not a box within 0 and 1', ~(inside | nobody)),
-                (
-                    'not an action of 1 to 80',
-                    ~(table.action.between(1, 80) & (table.action % 1 == 0) | nobody),
-                ),
-            ]
-            reasons = np.select(
-                [wrong for _, wrong in faults], [reason for reason, _ in faults], ''
-            )
-            problems += [
-                ('', '', f'malformed annotation: line {count + index + 1}: {reasons[index]}')
-                for index in np.flatnonzero((reasons != '') & ~blank)
-            ]
-            tables.append(table[reasons == ''])
-            count += len(table)
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(
-        columns=['video', *NUMBERS]
-    ), problems
+                second, *numbers = map(float, fields[1:])
+                x1, y1, x2, y2, action = numbers or NOBODY
+                inside = 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
+                valid = inside and 0 <= second < 1e6 and action in range(1, 81)
+            except ValueError:
+                valid = False
+            if valid and VIDEO_ID.fullmatch(fields[0]):
+                rows.append((fields[0], int(second), numbers))  # MMAction2's name of a keyframe
+            elif line.strip():
+                problems.append(('', '', f'malformed annotation: line {index}: {line[:80]!r}'))
+    return rows, problems
 
 
-def read_keyframes(path: Path):
-    """The annotated seconds as a DataFrame of video and second, the number of those without people,
-    and report rows.
+def read_keyframes(path: Path) -> tuple[Keyframes, list[tuple]]:
+    """The seconds on which people are annotated, and report rows on malformed lines."""
+    if not path.exists():
+        sys.exit(f'error: {path} not found; do Step 2 or set --avakinetics_anotation')
+    rows, problems = read_annotations(path)
+    keyframes = defaultdict(list)
+    for video, second in sorted({(video, second) for video, second, numbers in rows if numbers}):
+        keyframes[video].append(second)
+    if not keyframes:
+        first = problems[0][2] if problems else 'it has no rows'
+        sys.exit(f'error: {path} holds no annotated keyframe: {first}; do Step 2 again')
+    return dict(keyframes), problems
+
+
+def parse_name(path: str) -> Source | None:
+    """The video of Kinetics-700 that a path names."""
+    name = NAME.fullmatch(path.rsplit('/', 1)[-1])
+    source = Source(name[1], int(name[2]), int(name[3]), path) if name else None
+    return source if source and source.start < source.end else None
+
+
+def read_list(path: Path, keyframes: Keyframes) -> tuple[list[Source], list[tuple]]:
+    """The listed sources of annotated videos, and report rows on malformed lines."""
+    if not path.exists():
+        sys.exit(f'error: {path} not found; do Step 1 or set --kinetics_list')
+    sources, problems = {}, []
+    with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
+        for number, line in enumerate(file, 1):
+            if source := parse_name(LABEL.sub('', line.strip())):
+                sources[source] = bool(find_held(source, keyframes))
+            elif line.strip():
+                reason = f'line {number}: no name like ID_000001_000011.mp4: {line[:80]!r}'
+                problems.append(('', '', f'malformed list line: {reason}'))
+    held = [source for source, wanted in sources.items() if wanted]
+    if not held:
+        first = '' if sources or not problems else f': {problems[0][2]}'
+        sys.exit(f'error: {path} holds no annotated video{first}; is it of this split?')
+    return held, problems
+
+
+def find_held(source: Source, keyframes: Keyframes) -> list[int]:
+    """The annotated seconds that a source holds."""
+    seconds = keyframes.get(source.video, ())
+    return [second for second in seconds if source.start <= second < source.end]
+
+
+def clip_range(source: Source, seconds: list[int]) -> tuple[int, int]:
+    """The seconds of the YouTube video that the clip of these keyframes holds."""
+    start = max(source.start, min(seconds) - CONTEXT_S)
+    return start, min(source.end, max(seconds) + CONTEXT_S)
+
+
+def clip_name(source: Source, seconds: list[int]) -> str:
+    return '{}_{:06d}_{:06d}.mp4'.format(source.video, *clip_range(source, seconds))
+
+
+def decode(path: str, start: float) -> Iterator[tuple[float, VideoFrame, str | None]]:
+    """Yield (time, picture, fault) for each picture of a video; times are in seconds.
+
+    The fault is the error with which a picture, or one that it refers to, was decoded. It ends at
+    the last key frame that is not after `start`, since pictures behind refer to none before it.
+    Time 0 is the first picture, or the container's start if pictures are missing after that.
     """
-    import pandas as pd
+    import av
 
-    table, problems = read_annotations(path)
-    table['second'] = table.timestamp.astype(
-        int
-    )  # MMAction2 names a keyframe so; real ones are 0 to 0.17 s later
-    people, names = table.x1.notna(), ['video', 'second']
-    keyframes = table.loc[people, names].drop_duplicates(ignore_index=True)
-    seconds = pd.concat([keyframes, table.loc[~people, names]]).drop_duplicates()
-    return keyframes, len(seconds) - len(keyframes), problems
-
-
-def read_sources(path: Path, videos: set[str]):
-    """The listed sources of these videos as a DataFrame of video, start, end (s), path, and report
-    rows on malformed lines.
-    """
-    import pandas as pd
-
-    line = rf'^[ \t]*((?:.*/)?{SOURCE_NAME})(?:[ \t]+[+-]?[0-9]+)?[ \t]*$'
-    text, problems = path.read_text(encoding='utf-8-sig', errors='surrogateescape'), []
-    found = re.findall(line, text, re.M)
-    if len(found) < len(text.rstrip('\n').split('\n')) or any(
-        start >= end for _, _, start, end in found
+    options = {'format_whitelist': CONTAINERS, 'max_pixels': str(MAX_PIXELS)}
+    with (
+        av.logging.Capture() as log,
+        open(path, 'rb') as file,
+        av.open(file, options=options) as video,
     ):
-        for number, words in enumerate(text.split('\n'), 1):
-            name = re.match(line, words)
-            if words.strip() and not (name and name[3] < name[4]):
-                problems.append(
-                    (
-                        '',
-                        '',
-                        f'malformed list line: line {number}: no name like ID_000001_000011.mp4',
-                    )
-                )
-    sources = dict.fromkeys(
-        (video, int(start), int(end), path)
-        for path, video, start, end in found
-        if video in videos and start < end
-    )
-    return pd.DataFrame(list(sources), columns=['video', 'start', 'end', 'path']), problems
+        log.clear()
+        stream = video.streams.best('video')  # none of a cover
+        if not stream:
+            raise Unusable('unreadable video: it holds no pictures')
+        stream.thread_type = 'NONE'
+        stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}
+        zero, now, fault, held = None, 0, None, deque()
+        for packet in video.demux(stream):
+            if zero is not None and packet.is_keyframe and packet.pts is not None:
+                if float(packet.pts * packet.time_base) - zero <= start:
+                    fault = None
+            try:
+                pictures = packet.decode()
+            except av.FFmpegError as error:
+                pictures = []
+                log.append((av.logging.ERROR, '', error.strerror))
+            if packet.is_corrupt:
+                log.append((av.logging.ERROR, '', 'corrupt packet'))
+            words = [text.strip() for _, _, text in log if HARMLESS not in text]
+            if words and not fault:
+                fault = f'{words[0]}, at {now:.1f} s'
+            log.clear()  # what demuxing the next packet brings belongs to that
+            for picture in pictures:
+                ticks = picture.pts if picture.pts is not None else picture.dts
+                if ticks is None:
+                    continue
+                at = float(ticks * picture.time_base)
+                if zero is None:
+                    begin = at if video.start_time is None else video.start_time / av.time_base
+                    zero = begin if at - begin > MAX_LEAD_S else at
+                now = at - zero
+                held.append((now, picture))
+                if len(held) > DELAY:
+                    yield *held.popleft(), fault
+        yield from ((*picture, fault) for picture in held)
+        if zero is None:
+            raise Unusable(f'unreadable video: {fault or "it holds no pictures"}')
+        if fault:
+            raise Unusable(f'damaged video: {fault}')
 
 
-def find_holders(keyframes, sources):
-    """Every keyframe with every source that holds it: columns video, second, source (its index),
-    start, end, rank.
+def nearest(
+    pictures: Iterator[tuple[float, VideoFrame, str | None]], start: int, end: int
+) -> Iterator[VideoFrame]:
+    """Yield the picture that is nearest to each time that is due, FPS a second from start to end.
+
+    Raises Unusable where it is more than MAX_OFF_S away, or was decoded with an error.
     """
-    holders = keyframes.merge(sources.rename_axis('source').reset_index(), on='video')
-    holders = holders[(holders.start <= holders.second) & (holders.second < holders.end)]
-    if 'rank' not in holders:  # most centred first
-        holders['rank'] = (holders.start + holders.end - 2 * holders.second).abs()
-    return holders.sort_values('rank', kind='stable')
+    before, after = (-math.inf, None, None), next(pictures)
+    for due in (start + index / FPS for index in range((end - start) * FPS)):
+        while after[0] <= due:
+            before, after = after, next(pictures, (math.inf, None, None))
+        if min(due - before[0], after[0] - due) > MAX_OFF_S:
+            if after[0] == math.inf:
+                short = end - before[0] - 1 / FPS
+                raise Unusable(f'source too short: it ends {short:.1f} s before the clip does')
+            gap = f'between {max(0, before[0]):.1f} and {after[0]:.1f} s'
+            raise Unusable(f'damaged video: no picture {gap}')
+        # a millisecond, in which Matroska counts, decides nothing
+        _, picture, fault = before if due - before[0] <= after[0] - due + 0.001 else after
+        if fault:
+            raise Unusable(f'damaged video: {fault}')
+        yield picture
 
 
-def clip_range(start, end, first, last):
-    """Seconds [start, end) of the original to keep for keyframes first to last: two around them,
-    within the source's.
-    """
+def scale(picture: VideoFrame, short_side: int | None) -> VideoFrame:
+    """The picture as it is encoded: upright, no larger than wanted, even sides, yuv420p, BT.601."""
+    import av
     import numpy as np
 
-    return np.maximum(start, first - CONTEXT_S), np.minimum(end, last + CONTEXT_S)
-
-
-def clip_name(video: str, start: int, end: int) -> str:
-    return f'{video}_{start:06d}_{end:06d}.mp4'
-
-
-def name_clips(held, sources):
-    """The sources of these keyframes, with the clip that covers them: its start and length (s) and
-    its name.
-    """
-    spans = sources.join(held.groupby('source').second.agg(['min', 'max']), how='inner')
-    first, last = clip_range(spans.start, spans.end, spans['min'], spans['max'])
-    return spans.assign(
-        offset=first - spans.start,
-        seconds=last - first,
-        name=[
-            clip_name(*clip) for clip in zip(spans.video.tolist(), first.tolist(), last.tolist())
-        ],
+    if picture.rotation % 360:  # players turn it, and so did the annotators'
+        turned = np.rot90(picture.to_ndarray(format='rgb24'), picture.rotation // 90)
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(turned), 'rgb24')
+    factor = min(1, (short_side or math.inf) / min(picture.width, picture.height))
+    return picture.reformat(
+        2 * round(picture.width // 2 * factor),
+        2 * round(picture.height // 2 * factor),
+        'yuv420p',
+        dst_colorspace='ITU601',
+        dst_color_range='MPEG',
+        interpolation='BICUBIC',
     )
 
 
-def plan_clips(keyframes, sources):
-    """The keyframes with the source in which each is most centred, and these sources with their
-    clips.
-    """
-    covered = find_holders(keyframes, sources).drop_duplicates(['video', 'second'])
-    return covered, name_clips(covered, sources)
-
-
-def is_large(video: Path) -> bool:
-    """Whether the short side of its pictures is above LARGE."""
+def encode(pictures: Iterator[VideoFrame], short_side: int | None) -> bytes:
+    """An H.264 clip (mp4) of these pictures."""
     import av
 
-    try:
-        with open(video, 'rb') as file, av.open(file, options=READING) as source:
-            return min(source.streams.video[0].width, source.streams.video[0].height) > LARGE
-    except (av.FFmpegError, OSError, IndexError, ValueError):  # ffmpeg says what is wrong with it
-        return False
+    content, size = io.BytesIO(), None
+    with av.open(content, 'w', format='mp4') as clip:
+        for index, picture in enumerate(pictures):
+            frame = scale(picture, short_side)
+            if not size:
+                size = frame.width, frame.height
+                options = ENCODER | (SMALL if min(size) <= LARGE_SIDE else LARGE)
+                stream = clip.add_stream('libx264', FPS, options=options)
+                stream.width, stream.height = size
+                stream.codec_context.colorspace, stream.thread_count = BT601, 1
+            if (frame.width, frame.height) != size:
+                raise Unusable('damaged video: the size of its pictures changes')
+            frame.pts, frame.time_base, frame.pict_type = index, Fraction(1, FPS), 0
+            clip.mux(stream.encode(frame))
+        clip.mux(stream.encode())
+    return content.getvalue()
 
 
-def cut_command(
-    ffmpeg: str,
-    video: Path,
-    offset: int,
-    seconds: int,
-    short_side: int | None,
-    large: bool,
-    target: Path,
-) -> list[str]:
-    """ffmpeg's arguments to cut `seconds` from source time `offset` (both in s), each frame the
-    nearest of the source.
-
-    `setpts` moves every frame to the middle between its predecessor and itself, so that `fps`,
-    which holds a frame until the next one is due, takes the nearest frame on either side, at any
-    frame rate. Source time 0 is the container's start, or the first picture where that follows
-    within MAX_LEAD_S. A gap between pictures that leaves frames of the clip without one within
-    MAX_OFF_S is printed, as two times, among the errors (level 16).
-    """
-    before, far = 'if(isnan(PREV_INT),0,PREV_INT)', MAX_OFF_S
-    gap = (
-        f'gt(T-{before},if(isnan(PREV_INT),{far},{2 * far}))*gt(T-{far},{offset})'
-        f'*lt({before}+{far},{offset + seconds})'
-    )
-    filters = (
-        f"settb=AVTB,setpts='(PTS+if(isnan(PREV_INPTS),PTS,PREV_INPTS))/2-if(lt(STARTT,{MAX_LEAD_S}),STARTPTS,0)"
-        f"+if({gap},0*(print({before},16)+print(T,16)),0)',"
-        f'fps={FPS}:start_time={offset}:round=up,tpad=stop={MAX_REPEAT}:stop_mode=clone,'
-        'crop=trunc(iw/2)*2:trunc(ih/2)*2:0:0,'
-    )  # yuv420p needs even sides; boxes are relative
-    if short_side:
-        factor = f'min(1,{short_side}/min(iw,ih))'
-        filters += f"scale='2*round(iw/2*{factor})':'2*round(ih/2*{factor})',"
-    level = 'level+debug' if video.suffix.lower() in STREAMS else 'level+warning'
-    quality = LARGE_QUALITY if large else QUALITY
-    return [
-        ffmpeg,
-        '-nostdin',
-        '-v',
-        level,
-        '-protocol_whitelist',
-        'file',
-        '-format_whitelist',
-        FORMATS,
-        '-max_pixels',
-        str(MAX_PIXELS),
-        '-threads',
-        '1',
-        '-reinit_filter',
-        '0',
-        '-i',
-        f'file:{video}',
-        '-map',
-        '0:V:0',
-        '-vf',
-        filters + COLOURS,
-        '-frames:v',
-        str(seconds * FPS),
-        *ENCODER,
-        *quality,
-        '-map_metadata',
-        '-1',
-        '-map_chapters',
-        '-1',
-        '-f',
-        'mp4',
-        '-y',
-        str(target),
-    ]
-
-
-def find_damage(video: Path, start: int, end: int, words: str) -> str | None:
-    """Why source times start to end (s) may show what was decoded with errors, of which ffmpeg's
-    are `words`; else None.
-
-    An error shows in no picture before its packet's decoding time, and in none after the next key
-    frame.
-    """
+def cut_clip(source: Source, seconds: list[int], args: argparse.Namespace) -> str | None:
+    """Cut the clip of these keyframes; returns None, or why it cannot be had from this source."""
     import av
 
-    fault, seen = None, False
     av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    start, end = (second - source.start for second in clip_range(source, seconds))
     try:
-        with (
-            open(video, 'rb') as file,
-            av.open(file, options=READING) as source,
-            av.logging.Capture() as log,
-        ):
-            stream = source.streams.video[0]
-            stream.thread_type = 'NONE'
-            for packet in source.demux(stream):
-                pts, dts = (
-                    math.nan
-                    if ticks is None
-                    else float(ticks * packet.time_base) - (source.start_time or 0) / 1e6
-                    for ticks in (packet.pts, packet.dts)
-                )
-                if packet.is_keyframe and pts <= start:
-                    fault = None
-                log.clear()
-                try:
-                    packet.decode()
-                    wrong = packet.is_corrupt or any(
-                        HARMLESS not in message for _, _, message in log
-                    )
-                except av.FFmpegError:
-                    wrong = True
-                if wrong and fault is None:
-                    fault, seen = dts, True
-    except (
-        av.FFmpegError,
-        IndexError,
-        ValueError,
-    ):  # not even headers make sense: streams that come and go, names in no code
-        return f'damaged video: {words}'
-    finally:
-        av.logging.set_level(None)
-    if seen and (fault is None or fault >= end + MAX_LEAD_S):
-        return None
-    return f'damaged video: {words}' + (
-        f', at {max(fault, 0):.1f} s' if seen and not math.isnan(fault) else ''
-    )
+        content = encode(nearest(decode(source.path, start), start, end), args.short_side)
+    except Unusable as error:
+        return str(error)
+    except (av.FFmpegError, OSError, ValueError) as error:  # ValueError: names in no code
+        words = (getattr(error, 'log', None) or [error])[-1]
+        return f'unreadable video: {words}'.strip()
+    part = args.work / f'{uuid.uuid4().hex}.mp4'
+    part.write_bytes(content)
+    os.replace(part, args.videos / clip_name(source, seconds))
+    return None
 
 
-def cut_clip(
-    video: Path, offset: int, seconds: int, name: str, options: argparse.Namespace
-) -> str | None:
-    """Cut ROOT/videos/<name> out of a video; return None, or the reason why it cannot be had."""
-    videos = options.avakinetics_root / 'videos'
-    part = videos / f'.cut_kinetics_{options.split}/{uuid.uuid4().hex}.mp4'
-    try:
-        problem = cut_part(video, offset, seconds, part, options)
-        if not problem:
-            os.replace(part, videos / name)
-    finally:
-        part.unlink(missing_ok=True)
-    return problem
+class Patient(io.RawIOBase):
+    """A file that is read on after a dropped connection."""
 
+    def __init__(self, file):
+        import aiohttp
+        import tenacity
 
-def cut_part(
-    video: Path, offset: int, seconds: int, part: Path, options: argparse.Namespace
-) -> str | None:
-    """Cut one clip into `part`; return None, or the reason why it cannot be had from this video."""
-    large = (options.short_side is None or options.short_side > LARGE) and is_large(video)
-    try:
-        done = subprocess.run(
-            cut_command(options.ffmpeg, video, offset, seconds, options.short_side, large, part),
-            capture_output=True,
-            timeout=30 + TIME_LIMIT * (offset + seconds),
-            process_group=0,
-        )  # which Ctrl-C does not reach
-    except subprocess.TimeoutExpired:
-        return f'{OF_FFMPEG}took more than {30 + TIME_LIMIT * (offset + seconds)} s'
-    for message, number in DISK_FULL.items():
-        if message in done.stderr:
-            raise OSError(number, os.strerror(number), str(part.parent))
-    if done.returncode < 0 or done.returncode == 255:  # by a signal
-        return KILLED
-    told = done.stderr.decode(errors='replace').splitlines()
-    gap = [float(line.split()[-1]) for line in told if line.startswith('[Eval')]
-    faults = [
-        line
-        for line in told
-        if re.search(FAULT, line) and HARMLESS not in line and not line.startswith('[Eval')
-    ]
-    words = (
-        re.sub(r'^(\[.*?\] )+', '', (faults or ['no reason given'])[0])
-        .replace(f'file:{video}', '')
-        .strip(': ')
-    )
-    if refusal := re.search(REFUSAL, '\n'.join(faults)):
-        return f'{OF_FFMPEG}was refused by this machine: {refusal[0]}'
-    if done.returncode:
-        return f'unreadable video: {words}'
-    if any(re.search(OTHER_SIZE, line) for line in told):
-        return 'damaged video: the size of its pictures changes'
-    import av
+        self.read_some = tenacity.retry(
+            stop=tenacity.stop_after_attempt(5),
+            wait=tenacity.wait_random_exponential(max=20),
+            retry=tenacity.retry_if_exception_type((OSError, aiohttp.ClientError)),
+            reraise=True,
+        )(file.read)
 
-    try:
-        with open(part, 'rb') as file, av.open(file, format='mov') as clip:
-            frames = sum(packet.size > 0 for packet in clip.demux(video=0))
-    except (av.FFmpegError, IndexError):  # nothing was decoded
-        frames = 0
-    if frames < seconds * FPS:
-        return (
-            f'source too short: it ends {seconds - max(0, frames - MAX_REPEAT) / FPS:.1f} '
-            's before the clip does'
-        )
-    if faults and video.suffix.lower() in STREAMS:  # whose time stamps may be damaged too
-        return f'damaged video: {words}'
-    problem = find_damage(video, offset, offset + seconds, words) if faults else None
-    if gap and not problem:
-        return f'damaged video: no picture between {gap[0]:.1f} and {gap[1]:.1f} s'
-    return problem
+    def readable(self) -> bool:
+        return True
 
-
-def find_video(path: str, folders: list[str]) -> str | None:
-    """Where a listed video lies: an absolute path, or below one of the folders."""
-    return next(
-        (
-            found
-            for found in (os.path.join(folder, path) for folder in folders)
-            if os.path.isfile(found)
-        ),
-        None,
-    )
-
-
-def cut_listed(
-    path: str, folders: list[str], offset: int, seconds: int, name: str, options: argparse.Namespace
-) -> str | None:
-    """Cut one clip out of a listed video; return None, or the reason why it cannot be had."""
-    video = find_video(path, folders)
-    return cut_clip(Path(video), offset, seconds, name, options) if video else f'{MISSING}{path}'
+    def readinto(self, buffer) -> int:
+        data = self.read_some(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """Makes a damaged or missing header an error, where tarfile would take it for the archive's
-    end.
-    """
+    """Makes a damaged header an error, where tarfile would take it for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar):
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
+        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f'damaged archive: {error}') from None
 
 
-def cut_archive(
-    archive: str, known: list, annotations: Path, options: argparse.Namespace, only: list[str]
-) -> dict:
-    """Cut the annotated seconds of every video in a tar archive, a file or URL, which is read once
-    from front to back.
-
-    Returns what the ledger notes: what tells the archive from others (name, size, modification time
-    or ETag), the videos in it, those that cannot be used with their reasons, the clips made and
-    spoilt now, and what stopped it. A `known` archive is not read; `only` these clips are made, if
-    any are given, although they are there.
-    """
-    import aiohttp
+def open_archive(name: str) -> tuple:
+    """An archive as a binary file, and what tells it from others of its name: size and time."""
+    if name == '-':
+        return sys.stdin.buffer, []
     import fsspec
-    import tenacity
 
-    entry = dict(
-        archive=[archive.rsplit('/', 1)[-1]], videos=[], failed={}, made=[], spoilt=[], error=None
-    )
-    copy = options.avakinetics_root / f'videos/.cut_kinetics_{options.split}/{uuid.uuid4().hex}'
-    patiently = tenacity.retry(
-        stop=tenacity.stop_after_attempt(5),
-        wait=tenacity.wait_random_exponential(max=20),
-        retry=tenacity.retry_if_exception_type((OSError, aiohttp.ClientError)),
-        reraise=True,
-    )
+    web = {'client_kwargs': {'trust_env': True}} if name.startswith('http') else {}  # proxies
+    system, path = fsspec.url_to_fs(name, **web)
+    info = system.info(path)
+    changed = info.get('ETag') or info.get('mtime') or info.get('LastModified')
+    return system.open(path), [info['size'], str(changed)]
+
+
+def read_members(file, keyframes: Keyframes, problems: list) -> Iterator[tuple]:
+    """Yield (source, content) of the annotated videos in a tar archive.
+
+    An archive that cannot be read to its end adds its reason to the problems.
+    """
     try:
-        system, path = fsspec.url_to_fs(archive)
-        info = system.info(path)
-        entry['archive'] += [
-            info['size'],
-            str(info.get('ETag') or info.get('mtime') or info.get('LastModified')),
-        ]
-        changed = (
-            info['mtime'] if isinstance(info.get('mtime'), float) else 0
-        )  # of a file on this machine
-        if entry['archive'] in known:
-            return entry
-        keyframes = {}
-        for video, second in read_keyframes(annotations)[0].itertuples(
-            index=False
-        ):  # 1 s for all, less than sending them
-            keyframes.setdefault(video, []).append(second)
-        with system.open(path) as file:
-            reader = types.SimpleNamespace(
-                read=patiently(file.read)
-            )  # which resumes after a dropped connection
-            with tarfile.open(
-                fileobj=reader, mode='r|*', bufsize=1 << 20, tarinfo=StrictTarInfo
-            ) as tar:
-                for member in tar:
-                    tar.members.clear()  # else memory grows with the archive
-                    name = re.fullmatch(SOURCE_NAME, member.name.rsplit('/', 1)[-1])
-                    if not name or not member.isfile() or name[2] >= name[3]:
-                        continue
-                    video, start, end = name[1], int(name[2]), int(name[3])
-                    entry['videos'].append([video, start, end])
-                    held = [second for second in keyframes.get(video, ()) if start <= second < end]
-                    if not held:
-                        continue
-                    first, last = clip_range(start, end, min(held), max(held))
-                    clip = clip_name(video, first, last)
-                    if (
-                        clip in entry['made']
-                        or only
-                        and clip not in only
-                        or not (only or options.overwrite or is_stale(clip, options, changed))
-                    ):
-                        continue
-                    problem = f'unreadable video: larger than {MAX_BYTES:,} bytes'
-                    if member.size <= MAX_BYTES:
-                        copy = copy.with_suffix(Path(name[0]).suffix)
-                        with open(copy, 'wb') as target:
-                            shutil.copyfileobj(tar.extractfile(member), target, 1 << 20)
-                        problem = cut_clip(copy, first - start, last - first, clip, options)
-                        copy.unlink()
-                    if problem:
-                        entry['failed'][clip_name(video, start, end)] = problem
-                        if not problem.startswith(OF_FFMPEG):
-                            entry['spoilt'].append(clip)
-                    else:
-                        entry['failed'].pop(clip_name(video, start, end), None)  # of another copy
-                        entry['made'].append(clip)
+        stream = io.BufferedReader(Patient(file), 1 << 20)
+        if stream.peek(2)[:2] == b'\x1f\x8b':  # tarfile itself stops after a gzip's first member
+            stream = gzip.open(stream)
+        with tarfile.open(
+            fileobj=stream, mode='r|*', bufsize=1 << 20, tarinfo=StrictTarInfo, ignore_zeros=True
+        ) as tar:
+            while member := tar.next():
+                tar.members.clear()  # else memory grows with the archive
+                source = parse_name(member.name)
+                if source and member.isfile() and find_held(source, keyframes):
+                    yield source, tar.extractfile(member).read(MAX_BYTES)
     except Exception as error:  # remote file systems raise what their libraries do
-        if getattr(error, 'errno', None) in DISK_FULL.values():
-            raise
-        entry['error'] = f'{type(error).__name__}: {error}'.split('\n')[0]
+        problems.append(repr(error))
+
+
+def cut_copy(source: Source, seconds: list[int], args: argparse.Namespace) -> str | None:
+    """`cut_clip` out of a temporary copy, which is removed."""
+    try:
+        return cut_clip(source, seconds, args)
     finally:
-        copy.unlink(missing_ok=True)
-    entry['error'] = next(
-        (reason for reason in entry['failed'].values() if reason.startswith(OF_FFMPEG)),
-        entry['error'],
-    )
-    return entry
+        os.unlink(source.path)
 
 
 @contextlib.contextmanager
 def workspace(path: Path):
-    """A hidden folder for unfinished files, of one run at a time; what a killed run left there is
-    removed.
-    """
+    """A hidden folder for unfinished files, of one run at a time."""
     path.mkdir(parents=True, exist_ok=True)
     lock = open(path / 'lock', 'w')
     try:
-        fcntl.flock(
-            lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # the kernel lets go when this process ends, however it ends
+        # the kernel lets go when this process ends, however it ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
     except OSError:  # of some file servers, such as Lustre mounted without flock
-        print(
-            f'{path.parent} has no file locks: let no other run of this step work there',
-            file=sys.stderr,
-        )
-    for leftover in path.glob('*.*'):
-        leftover.unlink()
+        where = f'{path.parent} has no file locks'
+        print(f'{where}: let no other run of this step work there', file=sys.stderr)
     try:
         yield
     finally:
@@ -733,447 +494,265 @@ def workspace(path: Path):
         lock.close()
 
 
-def shielded(function: Callable, item: tuple) -> tuple:
-    """An item and its answer, in a process that leaves Ctrl-C to its parent and ends with it,
-    however that ends.
-    """
+def shield() -> None:
+    """Let a worker leave Ctrl-C to its parent, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    return item, function(*item)
 
 
-def run_all(function: Callable, items: list[tuple], args: argparse.Namespace) -> Iterator[tuple]:
-    """Yield (item, answer, None) in any order, or (item, None, reason) for an item whose workers
-    died.
-    """
-    if not args.dask_scheduler:
-        from joblib import Parallel, cpu_count, delayed
-
-        workers = min(args.num_workers if args.num_workers > 0 else cpu_count(), len(items)) or 1
-        if workers == 1:  # in this process, which must not be shielded
-            yield from ((item, function(*item), None) for item in items)
-            return
-        try:
-            for item, answer in Parallel(workers, return_as='generator_unordered')(
-                delayed(shielded)(function, item) for item in items
-            ):
-                yield item, answer, None
-        except BrokenProcessPool:
-            sys.exit(
-                'error: a worker process was killed, as it happens when memory runs out; use '
-                'fewer with --num_workers, '
-                'then run the same command again'
-            )
-        return
+@functools.cache
+def connect(address: str) -> tuple[Client, type]:
+    """A client of a Dask scheduler with workers, and the error of an item that killed some."""
     try:
-        from distributed import CancelledError, Client, KilledWorker, as_completed
-        from distributed.comm import CommClosedError
+        from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
     logging.disable()  # Dask logs tracebacks of what is told below
     try:
-        client = Client(args.dask_scheduler, timeout=10)
+        client = Client(address, timeout=10)
         client.wait_for_workers(1, timeout=30)
+        client.upload_file(__file__)
     except (OSError, ValueError) as error:
-        reason = str(error).split('\n')[0]
-        sys.exit(
-            f'error: no Dask scheduler with workers at {args.dask_scheduler} ({reason}); '
-            'start them first'
-        )
-    with client:
-        suspects = []
-        for batch, ahead in (
-            (items, AHEAD),
-            (suspects, 1),
-        ):  # one by one, as most were only beside the one that killed
-            waiting = iter(batch)
-            todo = {
-                client.submit(function, *item, pure=False): item for item in islice(waiting, ahead)
-            }
-            futures = as_completed(list(todo))
-            for future in futures:
+        sys.exit(f'error: no Dask scheduler with workers at {address}: {error}'.split('\n')[0])
+    return client, KilledWorker
+
+
+def run_all(
+    function: Callable, items: Iterable[tuple], args: argparse.Namespace
+) -> Iterator[tuple]:
+    """Yield (item, answer, None) in any order, or (item, None, reason) if its workers died.
+
+    Items are taken as workers get free.
+    """
+    killed, ahead, workers = (), AHEAD, args.num_workers if args.num_workers > 0 else cpu_count()
+    if workers == 1 and not args.dask_scheduler:  # in this process, where a debugger reaches it
+        yield from ((item, function(*item), None) for item in items)
+        return
+    if args.dask_scheduler:
+        client, killed = connect(args.dask_scheduler)
+        executor = client.get_executor(pure=False)
+    else:
+        executor, ahead = ProcessPoolExecutor(workers, get_context('spawn'), shield), 2 * workers
+    waiting, todo = iter(items), {}
+    try:
+        while True:
+            for item in islice(waiting, ahead - len(todo)):
+                todo[executor.submit(function, *item)] = item
+            if not todo:
+                break
+            for future in wait(todo, return_when=FIRST_COMPLETED).done:
                 item = todo.pop(future)
                 try:
                     yield item, future.result(), None
-                except KilledWorker:
-                    if batch is items:
-                        suspects.append(item)
-                    else:
-                        yield (
-                            item,
-                            None,
-                            'given up: the workers of the cluster that had it were killed',
-                        )
-                except (CancelledError, CommClosedError):
-                    sys.exit(
-                        f'error: the Dask scheduler at {args.dask_scheduler} went away; run '
-                        'the same command again'
-                    )
-                if following := next(waiting, None):
-                    future = client.submit(function, *following, pure=False)
-                    todo[future] = following
-                    futures.add(future)
-
-
-def is_stale(clip: str, options: argparse.Namespace, source_time: float) -> bool:
-    """Whether a clip is missing, or older than its source or than the options that shape clips."""
-    try:
-        return os.stat(options.avakinetics_root / 'videos' / clip).st_mtime < max(
-            options.since, source_time
+                except killed:
+                    yield item, None, 'given up: the workers of the cluster that had it were killed'
+    except BrokenProcessPool:
+        sys.exit(
+            'error: a worker process was killed, as it happens when memory runs out; use fewer '
+            'with --num_workers, then run the same command again'
         )
+    except CancelledError:
+        sys.exit('error: the Dask scheduler went away; run the same command again')
+    finally:
+        for child in active_children() if todo else ():  # interrupted
+            child.kill()
+        for future in todo:
+            future.cancel()
+        executor.shutdown()
+
+
+def cut_all(
+    function: Callable, items: Iterable[tuple], args: argparse.Namespace, **bar
+) -> dict[str, str | None]:
+    """Cut all items; returns for each clip None, or why it could not be cut."""
+    outcomes = {}
+    with contextlib.closing(run_all(function, items, args)) as answers:
+        for item, answer, failure in tqdm(answers, unit='clip', delay=1, leave=False, **bar):
+            outcomes[clip_name(*item[:2])] = answer or failure
+    return outcomes
+
+
+def look_up(source: Source, folders: list[Path], clip: Path) -> tuple[str | None, bool]:
+    """Where a listed video lies, and whether its clip is there, not older than the video."""
+    places = (os.path.join(folder, source.path) for folder in folders)
+    path = next(filter(os.path.isfile, places), None)
+    try:
+        made, changed = clip.stat().st_mtime, os.stat(path or clip).st_mtime
     except OSError:
-        return True
+        return path, False
+    return path, made >= changed or changed > time.time()  # a time to come says nothing
 
 
-def note_options(args: argparse.Namespace) -> float:
-    """Note once for all clips what shapes them; other options end the run, or with --overwrite make
-    older clips stale.
+def cut_list(
+    sources: list[Source], keyframes: Keyframes, args: argparse.Namespace
+) -> dict[str, str | None]:
+    """Cut all clips out of listed files; returns what `cut_all` does."""
+    folder, missing, items = args.kinetics_list.absolute().parent, {}, []
+    folders = [Path.cwd(), folder, folder / f'videos_{args.split}']
+    held = [find_held(source, keyframes) for source in sources]
+    clips = [clip_name(*pair) for pair in zip(sources, held)]
+    with ThreadPool(16) as threads:  # a slow file server answers them together
+        places = [(source, folders, args.videos / clip) for source, clip in zip(sources, clips)]
+        found = threads.starmap(look_up, places, 64)
+    for source, seconds, clip, (path, done) in zip(sources, held, clips, found):
+        if not path:
+            missing[clip] = f'file missing: {source.path}'
+        elif not done:
+            items.append((source._replace(path=path), seconds, args))
+    return missing | cut_all(cut_clip, items, args, desc='cut', total=len(items))
 
-    Returns the modification time (s) before which clips are stale, as the clock of their file
-    system has it.
+
+def copy_members(
+    members: Iterator[tuple], keyframes: Keyframes, clips: set, args: argparse.Namespace
+) -> Iterator[tuple]:
+    """Yield an item of `cut_copy` for each video whose clip is missing; `clips` gets all clips."""
+    for source, content in members:
+        seconds = find_held(source, keyframes)
+        clip = args.videos / clip_name(source, seconds)
+        clips.add(clip)
+        if not clip.exists():
+            copy = args.work / f'{uuid.uuid4().hex}.{Path(source.path).name}'
+            copy.write_bytes(content)
+            yield source._replace(path=str(copy)), seconds, args
+
+
+def cut_archives(
+    keyframes: Keyframes, args: argparse.Namespace
+) -> tuple[dict[str, str | None], list[str]]:
+    """Cut all clips out of archives; returns what `cut_all` does, and which cannot be read.
+
+    Those that were read to their end are noted, and not read again while their clips are there.
     """
-    videos, note = (
-        args.avakinetics_root / 'videos',
-        args.avakinetics_root / 'reports/cut_kinetics_options.json',
-    )
-    note.parent.mkdir(exist_ok=True)
-    version = subprocess.run(
-        [args.ffmpeg, '-version'], capture_output=True, text=True, errors='replace'
-    ).stdout.split(' ', 3)
+    ledger = args.reports / f'cut_kinetics_{args.split}_archives.jsonl'
+    noted, outcomes, unreadable = [], {}, []
+    for line in ledger.read_text(errors='replace').splitlines() if ledger.exists() else ():
+        with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
+            noted.append(json.loads(line))
+            outcomes |= noted[-1]['failed']
+    digest = hashlib.sha256(json.dumps(keyframes).encode()).hexdigest()
+    for archive in args.kinetics_archives:
+        name, file, version, problems, clips = Path(archive).name, None, [], [], set()
+        try:
+            file, version = open_archive(archive)
+        except Exception as error:  # remote file systems raise what their libraries do
+            problems.append(repr(error))
+        key = [name, digest, *version]  # no version of an archive that was deleted since
+        if any(
+            entry['archive'][: len(key)] == key
+            and all((args.videos / clip).exists() for clip in entry['clips'])
+            for entry in noted
+        ):
+            continue
+        if file:
+            members = read_members(file, keyframes, problems)
+            items = copy_members(members, keyframes, clips, args)
+            now = cut_all(cut_copy, items, args, desc=name)
+            outcomes |= now
+        if problems:
+            unreadable.append(f'{archive}: {problems[0]}')
+        elif version:
+            there = sorted(clip.name for clip in clips if clip.exists())
+            failed = {clip: reason for clip, reason in now.items() if reason}
+            with open(ledger, 'a') as lines:
+                lines.write(f'\n{json.dumps(dict(archive=key, clips=there, failed=failed))}\n')
+    return outcomes, unreadable
+
+
+def note_options(args: argparse.Namespace) -> None:
+    """Note what shapes the clips; ends the run where clips of other options are."""
+    import av
+
+    note = args.reports / 'cut_kinetics_options.json'
     options = dict(
-        short_side=args.short_side or 'none',
-        ffmpeg=version[2] if len(version) > 3 else 'unknown',
-        encoder=' '.join([*ENCODER, *QUALITY, *LARGE_QUALITY, str(LARGE), COLOURS]),
-        format=CLIP_FORMAT,
+        short_side=args.short_side,
+        av=av.__version__,
+        encoder=str([ENCODER, SMALL, LARGE, LARGE_SIDE, CLIP_FORMAT]),
     )
     try:
         noted = json.loads(note.read_text())
     except (FileNotFoundError, ValueError):
         noted = {}
-    clips = sum(name.endswith('.mp4') for name in os.listdir(videos))
-    others = [
-        f'{name}={noted[name]}'
-        for name in options
-        if name in noted and noted[name] != options[name]
-    ]
-    if clips and (others or not noted) and not args.overwrite:
-        made = 'with ' + ', '.join(others) if noted else 'by another program or an older version'
+    others = [f'{name}={noted.get(name)}' for name in options if noted.get(name) != options[name]]
+    if others and any(name.endswith('.mp4') for name in os.listdir(args.videos)):
         sys.exit(
-            f'error: {clips:,} clips in {videos} were made {made}; --overwrite makes all of '
-            'them anew'
+            f'error: the clips in {args.videos} were made with {", ".join(others)}; give the same '
+            f'options, or remove them: rm -r {shlex.quote(str(args.videos))}'
         )
-    if others or not noted:
-        part = note.with_suffix('.part')
-        part.touch()
-        noted = dict(options, since=part.stat().st_mtime if clips else 0)
-        part.write_text(json.dumps(noted))
-        os.replace(part, note)
-    return noted['since']
+    if others:
+        write(note, json.dumps(options).encode())
 
 
-def find_lost(keyframes, sources, covered, absent: str) -> list[tuple]:
-    """Report rows for the keyframes that no clip covers, with what is wrong with the sources that
-    hold them.
-    """
-    lost = keyframes.merge(covered[['video', 'second']], how='left', indicator='where')
-    lost = lost.loc[lost['where'] == 'left_only', ['video', 'second']]
-    reasons = (
-        find_holders(lost, sources).groupby(['video', 'second']).reason.agg('; '.join).to_dict()
-    )
-    listed = set(sources.video)
-    return [
-        (
-            *keyframe,
-            reasons.get(keyframe)
-            or ('no listed video holds this second' if keyframe[0] in listed else absent),
-        )
-        for keyframe in lost.itertuples(index=False, name=None)
-    ]
-
-
-def cut_list(
-    args: argparse.Namespace, keyframes, sources
-) -> tuple[set[str], int, list[tuple], list[tuple]]:
-    """Cut all clips out of the listed files: their names, how many were cut now, report rows on
-    keyframes, and no more.
-    """
-    folder = args.kinetics_list.absolute().parent
-    folders = [str(place) for place in (Path.cwd(), folder, folder / f'videos_{args.split}')]
-    sources['reason'], tried, made = '', {}, set()
-
-    def is_done(path: str, name: str) -> bool:
-        video = find_video(path, folders)
-        return not is_stale(name, args, os.path.getmtime(video) if video else 0)
-
-    while True:  # until no source fails: the keyframes of one that does go to the next best
-        working = sources[sources.reason == '']
-        covered, clips = plan_clips(keyframes, working)
-        left = clips[[tried.get(name) != path for name, path in zip(clips.name, clips.path)]]
-        if left.empty:
-            break
-        tried.update(zip(left.name, left.path))
-        if not args.overwrite:
-            with ThreadPool(16) as threads:  # which a slow file server answers together
-                left = left[
-                    [not done for done in threads.starmap(is_done, zip(left.path, left.name), 64)]
-                ]
-        items = [
-            (path, folders, offset, seconds, name, args)
-            for path, offset, seconds, name in left[
-                ['path', 'offset', 'seconds', 'name']
-            ].itertuples(index=False)
-        ]
-        with contextlib.closing(run_all(cut_listed, items, args)) as answers:
-            for item, problem, failure in tqdm(
-                answers, total=len(items), desc='cut', unit='clip', delay=1
-            ):
-                made.add(item[4])
-                if problem or failure:
-                    sources.loc[sources.path == item[0], 'reason'] = problem or failure
-    names, kept = (
-        set(clips.name),
-        set(sources.path[sources.reason.str.startswith((MISSING, OF_FFMPEG))]),
-    )
-    for name in [name for name, path in tried.items() if name not in names and path not in kept]:
-        (args.avakinetics_root / 'videos' / name).unlink(
-            missing_ok=True
-        )  # its source is broken, or has a longer one now
-    return (
-        names,
-        len(names & made),
-        find_lost(keyframes, sources, covered, 'video not in the list'),
-        [],
-    )
-
-
-def survey_archives(args: argparse.Namespace, keyframes, entries: list[dict]):
-    """What the ledger's archives give: their sources with what is wrong, the keyframes that clips
-    cover, and these clips.
-
-    Of two archives that hold a second, the earlier one gives it.
-    """
-    import pandas as pd
-
-    videos = set(keyframes.video.tolist())
-    sources = pd.DataFrame(
-        [
-            (*video, rank, entry['failed'].get(clip_name(*video), ''))
-            for rank, entry in enumerate(entries)
-            for video in entry['videos']
-            if video[0] in videos
-        ],
-        columns=['video', 'start', 'end', 'rank', 'reason'],
-    )
-    working = sources[sources.reason == '']
-    held = find_holders(keyframes, working)
-    covered, clips = held.drop_duplicates(['video', 'second']), name_clips(held, working)
-    there = {
-        name for name in os.listdir(args.avakinetics_root / 'videos') if not is_stale(name, args, 0)
-    }
-    for source in clips.index[clips.index.isin(covered.source) & ~clips.name.isin(there)]:
-        sources.loc[source, 'reason'] = (
-            f'{READ_AGAIN}: {entries[sources["rank"][source]]["archive"][0]}'
-        )
-    return sources, covered[(sources.reason[covered.source] == '').to_numpy()], clips
-
-
-def note_archive(entries: list[dict], entry: dict) -> None:
-    """Add what is in an archive, in the place of what was noted of the same one before: when it was
-    read to another point, touched or downloaded again.
-
-    Others of its name hold other videos.
-    """
-    videos = set(map(tuple, entry['videos']))
-    for place, old in enumerate(entries):
-        if old['archive'][0] == entry['archive'][0] and videos.issuperset(
-            map(tuple, old['videos'])
-        ):
-            entries[place] = entry
-            return
-    entries.append(entry)
-
-
-def cut_archives(
-    args: argparse.Namespace, keyframes
-) -> tuple[set[str], int, list[tuple], list[tuple]]:
-    """Cut all clips out of archives: their names, how many were cut now, report rows on keyframes
-    and on archives.
-
-    A ledger says what is in the archives that were read; those whose clips are all there are not
-    read again.
-    """
-    entries, order, made, spoilt, problems = [], {}, {}, set(), []
-    ledger = args.avakinetics_root / f'reports/cut_kinetics_{args.split}_archives.jsonl'
-    for line in ledger.read_text(errors='replace').splitlines() if ledger.is_file() else ():
-        with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-            note_archive(entries, json.loads(line))
-    sources, _, _ = survey_archives(args, keyframes, entries)
-    unfinished = set(sources['rank'][sources.reason.str.startswith(READ_AGAIN)])
-    known = (
-        []
-        if args.overwrite
-        else [
-            entry['archive']
-            for rank, entry in enumerate(entries)
-            if not entry['error'] and rank not in unfinished
-        ]
-    )
-    annotations = (args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv').absolute()
-    archives = [
-        name if '://' in name else os.path.abspath(name)
-        for name in dict.fromkeys(args.kinetics_archives)
-        if name
-    ]
-    items = [(archive, known, annotations, args, []) for archive in archives]
-    with (
-        open(ledger, 'a') as file,
-        contextlib.closing(run_all(cut_archive, items, args)) as answers,
-    ):
-        for item, entry, failure in tqdm(
-            answers, total=len(items), desc='read', unit='archive', delay=1
-        ):
-            name, *version = entry['archive'] if entry else [item[0]]
-            if version:
-                order[tuple(entry['archive'])] = archives.index(item[0])
-            if name in [other[0] for other in known] and (not version or entry['archive'] in known):
-                continue  # it was read before, and may be gone now
-            if failure or entry['error']:
-                problems.append(
-                    ('', '', f'unreadable archive: {item[0]}: {failure or entry["error"]}')
-                )
-            if version:
-                made[tuple(entry['archive'])] = entry.pop('made')
-                spoilt.update(entry.pop('spoilt'))
-                note_archive(entries, entry)
-                file.write(f'\n{json.dumps(entry)}\n')
-                file.flush()
-    # those that were given and are there in the order given; the others where they are
-    places = [place for place, entry in enumerate(entries) if tuple(entry['archive']) in order]
-    given = sorted(
-        (entries[place] for place in places), key=lambda entry: order[tuple(entry['archive'])]
-    )
-    for place, entry in zip(places, given):
-        entries[place] = entry
-    keys = [tuple(entry['archive']) for entry in entries]
-    part = ledger.with_suffix('.part')
-    part.write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
-    os.replace(part, ledger)
-
-    sources, covered, clips = survey_archives(args, keyframes, entries)
-    used, again = clips.loc[covered.source.unique()], {}
-    names = set(used.name)
-    for rank, name in zip(
-        used['rank'], used.name
-    ):  # where another archive has the same clip, its own may be in place
-        if keys[rank] in made and any(
-            name in others for key, others in made.items() if key != keys[rank]
-        ):
-            again.setdefault(keys[rank], []).append(name)
-    for key, only in again.items():
-        cut_archive(archives[order[key]], [], annotations, args, only)
-    unused = clips.loc[clips.index[sources.reason[clips.index] == ''].difference(used.index)]
-    problems += [
-        (
-            '',
-            '',
-            f'not used, since an earlier archive has it too: {name} of '
-            f'{entries[rank]["archive"][0]}',
-        )
-        for rank, name in zip(unused['rank'], unused.name)
-    ]
-    for name in (
-        spoilt | set(unused.name)
-    ) - names:  # spoilt: of an earlier run, and its source is broken now
-        (args.avakinetics_root / 'videos' / name).unlink(missing_ok=True)
-    fresh = len(names.intersection(set().union(*made.values())))
-    return (
-        names,
-        fresh,
-        find_lost(keyframes, sources, covered, 'video in no archive that was read'),
-        problems,
-    )
-
-
-def write_report(path: Path, rows: list[tuple]) -> None:
-    import pandas as pd
-
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write(path: Path, content: bytes) -> None:
+    """Write a file that appears under its name when it is complete; equal content stays."""
     part = path.with_suffix('.part')
-    pd.DataFrame(rows, columns=['video_id', 'timestamp', 'reason']).to_csv(
-        part, index=False, errors='backslashreplace'
-    )
-    os.replace(part, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_bytes() != content:
+        part.write_bytes(content)
+        os.replace(part, path)
 
 
-def cut(args: argparse.Namespace, annotations: Path) -> None:
+def write_csv(path: Path, rows: list[tuple]) -> None:
+    table = io.StringIO()
+    csv.writer(table, lineterminator='\n').writerows(rows)
+    write(path, table.getvalue().encode('utf-8', 'backslashreplace'))
+
+
+def find_clips(names: Iterable[str], keyframes: Keyframes) -> dict[tuple, str]:
+    """One of these clips for each keyframe (video, second) that they hold."""
+    return {
+        (source.video, second): source.path
+        for source in filter(None, map(parse_name, names))
+        for second in find_held(source, keyframes)
+    }
+
+
+def cut(args: argparse.Namespace) -> None:
     """Cut the clips, write the report, say what came of it."""
-    keyframes, without_people, problems = read_keyframes(annotations)
-    if keyframes.empty:
-        first = f'; its first fault: {problems[0][2]}' if problems else ''
-        sys.exit(
-            f'error: {annotations} holds no annotated keyframe{first}; do Step 2 again or '
-            'set --avakinetics_anotation'
-        )
-    videos, named = args.avakinetics_root / 'videos', set(keyframes.video.tolist())
+    annotations = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
+    keyframes, problems = read_keyframes(annotations)
     if not args.kinetics_archives:
-        sources, malformed = read_sources(args.kinetics_list, named)
+        sources, malformed = read_list(args.kinetics_list, keyframes)
         problems += malformed
-        if sources.empty:
-            sys.exit(
-                f'error: {args.kinetics_list} holds none of the {len(named)} annotated '
-                'videos; is it the list of the '
-                f'Kinetics-700 {args.split} videos?'
-            )
-    with workspace(videos / f'.cut_kinetics_{args.split}'):
-        args.since = note_options(args)
-        clips, fresh, rows, others = (
-            cut_archives(args, keyframes)
-            if args.kinetics_archives
-            else cut_list(args, keyframes, sources)
-        )
-    problems += others
-    report = args.avakinetics_root / f'reports/cut_kinetics_{args.split}.csv'
-    write_report(report, sorted(rows) + problems)
+    unreadable = []
+    with workspace(args.work):
+        note_options(args)
+        if args.kinetics_archives:
+            outcomes, unreadable = cut_archives(keyframes, args)
+        else:
+            outcomes = cut_list(sources, keyframes, args)
+    held, failed = (find_clips(names, keyframes) for names in (os.listdir(args.videos), outcomes))
+    wanted = [(video, second) for video, seconds in keyframes.items() for second in seconds]
+    rows = [
+        (*keyframe, outcomes.get(failed.get(keyframe), 'no video holds this second'))
+        for keyframe in wanted
+        if keyframe not in held
+    ]
+    rows += problems + [('', '', f'unreadable archive: {reason}') for reason in unreadable]
+    report = args.reports / f'cut_kinetics_{args.split}.csv'
+    write_csv(report, [('video_id', 'timestamp', 'reason'), *rows])
 
+    clips = set(held.values())
+    made = sum(outcomes.get(clip, 'there') is None for clip in clips)
     print(
-        f'{len(clips)} clips in {videos} ({fresh} cut now, {len(clips) - fresh} there already) '
-        f'for {len(keyframes) - len(rows)} of {len(keyframes)} annotated keyframes'
+        f'{len(clips)} clips in {args.videos} ({made} cut now, {len(clips) - made} there already) '
+        f'for {len(held)} of {len(wanted)} annotated keyframes'
     )
-    for reason, count in Counter(row[2].split(':')[0] for row in rows).most_common():
-        print(f'  {count} keyframes left out: {reason}')
-    if without_people:
-        print(f'  {without_people} keyframes without people: nothing to cut')
-    for reason, count in Counter(row[2].split(':')[0] for row in problems).items():
-        print(f'  {count} more in the report: {reason}')
-    if unasked := sorted(
-        name for name in os.listdir(videos) if name[:11] in named and name not in clips
-    ):
-        print(
-            f'  {len(unasked)} other clips of these videos are left, which no annotation '
-            f'asks for, such as {unasked[0]}'
-        )
-    print(f'  report: {report}')
-    if not clips:
+    for reason, count in Counter(row[2].split(':')[0] for row in rows).items():
+        print(f'  {count} left out: {reason}')
+    if rows:
+        print(f'  report: {report}')
+    if unreadable:
+        sys.exit(f'error: {len(unreadable)} archives cannot be read to their end: {unreadable[0]}')
+    if not held:
         sys.exit('error: not one clip could be cut; the report says why')
 
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
     sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
-    args = parse_args(argv)
     try:
-        annotations = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
-        if not annotations.is_file():
-            sys.exit(f'error: {annotations} not found; do Step 2 or set --avakinetics_anotation')
-        if not args.kinetics_archives and not args.kinetics_list.is_file():
-            sys.exit(f'error: {args.kinetics_list} not found; do Step 1 or set --kinetics_list')
-        if not shutil.which(args.ffmpeg):
-            sys.exit(
-                f'error: {args.ffmpeg} is not a program; omit --ffmpeg to use the one of '
-                'imageio-ffmpeg'
-            )
-        cut(args, annotations)
+        cut(parse_args(argv))
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; fix it, then run the same command again')
     except KeyboardInterrupt:
@@ -1182,9 +761,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # while the workers end, nothing is left to interrupt
+    importlib.import_module(Path(__file__).stem).main()  # under the name by which workers import it
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to interrupt
         signal.signal(number, signal.SIG_IGN)

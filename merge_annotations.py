@@ -1,55 +1,59 @@
 #!/usr/bin/env python3
 """Step 7a: merge the Kinetics part into AVA's annotations.
 
-Reads ROOT/kinetics_train.csv, ROOT/kinetics_proposal.pkl and ROOT/annotations, a copy of AVA's
-annotation folder, and puts the Kinetics rows before AVA's in annotations/ava_train_v2.2.csv and the
-proposals of both into annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl; where keys
-collide, AVA's stay. AVA's own two files are kept beside them as *.ava_only.csv and *.ava_only.pkl,
-and every merge starts from these: merging twice is merging once.
+Reads the csv of Step 5, the pickle of Step 6 and AVA's own annotations in ROOT/annotations, and
+replaces the latter, ava_train_v2.2.csv and ava_dense_proposals_train.FAIR.recall_93.9.pkl, by files
+that hold both parts: rows of Kinetics, then of AVA. AVA's own files are kept beside them as
+*.ava_only.*, so that merging twice equals merging once. With --split val, AVA's validation files
+stay as they are, and ava_kinetics_val_v2.2.csv and ava_kinetics_dense_proposals_val.pkl are
+written. Rows and proposals that could not be used are in ROOT/reports/merge_annotations_train.csv.
 
-With --split val, AVA's files stay as they are, so that published AVA figures can still be
-reproduced: both parts go into new files, annotations/ava_kinetics_val_v2.2.csv and
-annotations/ava_kinetics_dense_proposals_val.pkl.
-
-    cp -r $MMACTION2/data/ava/annotations/ $MMACTION2/data/ava_kinetics/
     python3 merge_annotations.py --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
 
+from __future__ import annotations
+
 import argparse
+import codecs
 import contextlib
 import csv
 import fcntl
 import hashlib
+import io
 import os
 import pickle
 import re
-import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
-# a trailer of merged pickles, which unpicklers ignore
-MERGED = b'\nmerged by merge_annotations.py\n'
+MERGED = b'\nmerged by merge_annotations.py\n'  # ends merged pickles; unpicklers ignore it
 VIDEO = r'[A-Za-z0-9_-]{11}'
-CLIP = r'[A-Za-z0-9_-]{11}_[0-9]{6}_[0-9]{6}'
+CLIP = rf'{VIDEO}_[0-9]{{6}}_[0-9]{{6}}'
 NUMBER = r'[-+]?(\d+\.?\d*|\.\d+)(e-\d+)?'
-ROW = (
-    r',\d{1,9}' + f',{NUMBER}' * 4 + r',\d{1,9},-?\d{1,9}'
-)  # second, box, action, entity: what follows the name
-# What a pickle of arrays names, in NumPy 1 and 2 and in protocols 2 to 5
+ROW = rf',\d{{1,9}}(,{NUMBER}){{4}},\d{{1,9}},-?\d{{1,9}}'  # second, box, action, entity
+# What a pickle of arrays names: ndarray, dtype, and what NumPy calls since protocols 2 and 5
 ARRAY_PARTS = {
-    ('numpy', 'ndarray'),
-    ('numpy', 'dtype'),
-    ('_codecs', 'encode'),
-    *(
-        (f'numpy.{core}.{module}', name)
-        for core in ('core', '_core')
-        for module, name in (('multiarray', '_reconstruct'), ('numeric', '_frombuffer'))
-    ),
+    part.__name__: part
+    for part in (
+        np.ndarray,
+        np.dtype,
+        codecs.encode,
+        np.empty(0).__reduce__()[0],
+        np.empty(0).__reduce_ex__(5)[0],
+    )
 }
+
+
+class Paths(NamedTuple):
+    """A csv of annotations and a pickle of proposals."""
+
+    rows: Path
+    proposals: Path
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -61,20 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         default=MMACTION2 / 'data/ava_kinetics',
         metavar='DIR',
-        help='folder of the data set that is made (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--datalist',
-        type=Path,
-        metavar='CSV',
-        help='annotations written by Step 5 (default: ROOT/kinetics_train.csv, or ..._val.csv)',
-    )
-    parser.add_argument(
-        '--picklepath',
-        type=Path,
-        metavar='PKL',
-        help='proposals written by Step 6 (default: ROOT/kinetics_proposal.pkl, or '
-        '..._val_proposal.pkl)',
+        help='folder of the data set (default: %(default)s)',
     )
     parser.add_argument(
         '--split',
@@ -86,9 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_rows(path: Path, name: str, problems: list[tuple]) -> list[str]:
-    """The rows `name,second,x1,y1,x2,y2,action_id,entity_id` of such names; the other lines are
-    added to `problems`.
-    """
+    """The rows `name,second,x1,y1,x2,y2,action,entity`; adds malformed lines to `problems`."""
     readable, rows = re.compile(name + ROW, re.ASCII), []
     with open(path, encoding='utf-8-sig', errors='replace') as file:
         for number, line in enumerate(map(str.strip, file), 1):
@@ -96,16 +85,21 @@ def read_rows(path: Path, name: str, problems: list[tuple]) -> list[str]:
                 rows.append(line)
             elif line:
                 problems.append(('', '', f'malformed row: line {number} of {path.name}'))
+    if not rows:
+        sys.exit(f'error: {path} holds no row of annotations; make it again')
     return rows
 
 
 class Unpickler(pickle.Unpickler):
-    """Reads arrays and plain Python values only: a pickle that names more could run code."""
+    """Reads arrays and plain Python values only: a pickle that names more could run code.
+
+    NumPy 1 and 2 keep the same functions in modules of different names.
+    """
 
     def find_class(self, module, name):
-        if (module, name) not in ARRAY_PARTS:
+        if module.split('.')[0] not in ('numpy', '_codecs') or name not in ARRAY_PARTS:
             raise pickle.UnpicklingError(f'it names {module}.{name}')
-        return super().find_class(module, name)
+        return ARRAY_PARTS[name]
 
 
 class Pickler(pickle.Pickler):
@@ -120,32 +114,25 @@ class Pickler(pickle.Pickler):
 
 
 def read_proposals(path: Path, problems: list[tuple]) -> dict[str, np.ndarray]:
-    """The proposals of a pickle, key '<video_id>,<second:04d>' -> (n, 5); malformed ones are added
-    to `problems`.
+    """The proposals of a pickle, key '<video id>,<second:04d>' -> (n, 5).
+
+    Adds malformed ones to `problems`. A frame with an empty array has no proposal.
     """
     try:
         with open(path, 'rb') as file:
             loaded = Unpickler(file).load()
-        if not isinstance(loaded, dict):
-            raise pickle.UnpicklingError(f'it holds a {type(loaded).__name__}, not a dict')
+        items = loaded.items()
     except Exception as error:  # damaged bytes may make pickle and NumPy raise anything
-        sys.exit(
-            f'error: {path} is no pickle of proposals: {type(error).__name__} {error}'.replace(
-                '\n', ' '
-            ).rstrip()
-        )
+        reason = f'{type(error).__name__} {error}'.splitlines()[0]
+        sys.exit(f'error: {path} is no pickle of proposals: {reason}'.rstrip())
     proposals = {}
-    for key, boxes in loaded.items():
-        if (
-            isinstance(key, str)
-            and re.fullmatch(VIDEO + r',\d{4,}', key)
-            and isinstance(boxes, np.ndarray)
-            and boxes.ndim == 2
-            and boxes.shape[1] in (4, 5)
-            and boxes.dtype.kind == 'f'
-            and len(boxes)
-            and np.isfinite(boxes).all()
-        ):
+    for key, boxes in items:
+        named = isinstance(key, str) and re.fullmatch(VIDEO + r',\d{4,}', key)
+        numbers = isinstance(boxes, np.ndarray) and boxes.dtype.kind == 'f'
+        if named and numbers and not boxes.size:
+            continue
+        shaped = named and numbers and boxes.ndim == 2 and boxes.shape[1] in (4, 5)
+        if shaped and np.isfinite(boxes).all():
             proposals[key] = boxes
         else:
             problems.append(('', '', f'malformed proposal: {str(key)[:40]!r} in {path.name}'))
@@ -159,108 +146,85 @@ def trailer_of(path: Path) -> bytes:
         return file.read()
 
 
-def check_list(rows: Path, proposals: Path) -> None:
-    """Exit if the pickle's trailer says that Step 6 made it for another list."""
-    made_for = re.search(rb'\nmade of ([0-9a-f]{64})\n\Z', trailer_of(proposals))
-    if made_for and made_for[1].decode() != hashlib.sha256(rows.read_bytes()).hexdigest():
+def check_list(kinetics: Paths) -> None:
+    """End the run if the pickle's trailer says that Step 6 made it for another list."""
+    made_of = re.search(rb'\nmade of ([0-9a-f]{64})\n\Z', trailer_of(kinetics.proposals))
+    digest = hashlib.sha256(kinetics.rows.read_bytes()).hexdigest()
+    if made_of and made_of[1].decode() != digest:
         sys.exit(
-            f'error: {proposals} was made for another list than {rows}; repeat Step 6: '
-            'fetch_proposal.py '
-            f'--datalist={rows} --picklepath={proposals}'
+            f'error: {kinetics.proposals} was made for another list than {kinetics.rows}; repeat '
+            f'Step 6: fetch_proposal.py --datalist={kinetics.rows}'
         )
-
-
-def original_of(path: Path) -> Path:
-    """Where the first merge keeps AVA's own file."""
-    return path.with_suffix('.ava_only' + path.suffix)
 
 
 def own_file(path: Path, merged: bool, copy_ava: str) -> Path:
-    """AVA's own file: `path` or, where that is merged already, the one that the first merge kept
-    beside it.
-    """
-    if merged and not original_of(path).is_file():
-        sys.exit(
-            f"error: {path} holds Kinetics already, and AVA's own is not kept beside it; {copy_ava}"
-        )
-    return original_of(path) if merged else path
+    """AVA's own file: `path` or, if that is merged already, what the first merge kept beside it."""
+    if merged and not kept_beside(path).is_file():
+        reason = "holds Kinetics already, and AVA's own is not kept beside it"
+        sys.exit(f'error: {path} {reason}; {copy_ava}')
+    return kept_beside(path) if merged else path
 
 
-def part_of(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
-    return path.with_name(f'.{path.name}.part')
+def kept_beside(path: Path) -> Path:
+    return path.with_suffix(f'.ava_only{path.suffix}')
 
 
-def merge(
-    kinetics: list[Path], own: list[Path], merged: list[Path], report: Path, copy_ava: str
-) -> None:
-    """Join the rows and the proposals of both parts, write the two files and the report, say what
-    came of it.
+def write(path: Path, content: bytes) -> None:
+    """Write a file that appears under its name when it is complete; equal content stays."""
+    part = path.with_suffix('.part')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_bytes() != content:
+        part.write_bytes(content)
+        os.replace(part, path)
 
-    Each argument is a csv of annotations and a pickle of proposals: of Kinetics, AVA's own, and
-    where the merged ones go.
-    """
+
+def write_csv(path: Path, rows: list[tuple]) -> None:
+    table = io.StringIO()
+    csv.writer(table, lineterminator='\n').writerows(rows)
+    write(path, table.getvalue().encode('utf-8', 'backslashreplace'))
+
+
+def merge(kinetics: Paths, ava: Paths, merged: Paths, report: Path, copy_ava: str) -> None:
+    """Join both parts, write the merged files and the report, say what came of it."""
     with contextlib.suppress(OSError):  # some file servers have no locks
-        fcntl.flock(
-            os.open(merged[0].parent, os.O_RDONLY), fcntl.LOCK_EX
-        )  # a second merge waits until this process ends
-    check_list(*kinetics)
+        # a second merge waits until this process ends
+        fcntl.flock(os.open(merged.rows.parent, os.O_RDONLY), fcntl.LOCK_EX)
+    check_list(kinetics)
+    joined = bool(re.search(f'^{CLIP},'.encode(), ava.rows.read_bytes(), re.M))
+    ended = joined or trailer_of(ava.proposals).endswith(MERGED)
+    own = Paths(own_file(ava.rows, joined, copy_ava), own_file(ava.proposals, ended, copy_ava))
     problems = []
-    rows = read_rows(kinetics[0], CLIP, problems)
-    own_csv = own_file(
-        own[0], bool(re.search(f'^{CLIP},'.encode(), own[0].read_bytes(), re.M)), copy_ava
-    )
-    ava_rows = read_rows(own_csv, VIDEO, problems)
-    for path, found in (kinetics[0], rows), (own_csv, ava_rows):
-        if not found:
-            sys.exit(f'error: {path} holds no row of annotations; make it again')
-    own_pickle = own_file(own[1], trailer_of(own[1]).endswith(MERGED), copy_ava)
-    malformed = []
-    ava_proposals = read_proposals(own_pickle, malformed)
-    of_kinetics = {row[:11] for row in rows} - {row[:11] for row in ava_rows}
-    if any(key[:11] in of_kinetics for key in ava_proposals):  # merged by another program
-        own_pickle, malformed = own_file(own[1], True, copy_ava), []
-        ava_proposals = read_proposals(own_pickle, malformed)
-    problems += malformed
-    proposals = read_proposals(kinetics[1], problems)
+    rows = read_rows(kinetics.rows, CLIP, problems)
+    ava_rows = read_rows(own.rows, VIDEO, problems)
+    proposals = read_proposals(kinetics.proposals, problems)
+    ava_proposals = read_proposals(own.proposals, problems)
     collisions = len(proposals.keys() & ava_proposals.keys())
     proposals.update(ava_proposals)
 
-    # both are whole on the disk before either gets its name, and a run that ends in between is
-    # mended by the next
-    part_of(merged[0]).write_text(''.join(row + '\n' for row in rows + ava_rows))
-    with open(part_of(merged[1]), 'wb') as file:
-        Pickler(file, protocol=4).dump(proposals)
-        file.write(MERGED)
-    for path in own_csv, own_pickle:
+    for path in own:
         if path in merged:  # about to be replaced
-            shutil.copyfile(path, part_of(original_of(path)))
-            os.replace(part_of(original_of(path)), original_of(path))
-    report.parent.mkdir(exist_ok=True)
-    with open(
-        part_of(report), 'w', newline='', encoding='utf-8', errors='backslashreplace'
-    ) as file:
-        csv.writer(file, lineterminator='\n').writerows(
-            [('video_id', 'timestamp', 'reason'), *problems]
-        )
-    for path in *merged, report:
-        os.replace(part_of(path), path)
+            write(kept_beside(path), path.read_bytes())
+    write(merged.rows, ''.join(f'{row}\n' for row in rows + ava_rows).encode())
+    content = io.BytesIO()
+    Pickler(content, protocol=4).dump(proposals)
+    write(merged.proposals, content.getvalue() + MERGED)
+    write_csv(report, [('video_id', 'timestamp', 'reason'), *problems])
 
     keyframes = {(row[:11], int(row.split(',', 2)[1])) for row in rows + ava_rows}
     bare = sum(f'{video},{second:04d}' not in proposals for video, second in keyframes)
     print(
-        f'{len(rows) + len(ava_rows)} rows in {merged[0]}: {len(rows)} of Kinetics, '
+        f'{len(rows) + len(ava_rows)} rows in {merged.rows}: {len(rows)} of Kinetics, '
         f'{len(ava_rows)} of AVA'
     )
     print(
-        f'{len(proposals)} frames with proposals in {merged[1]}: '
-        f'{len(proposals) - len(ava_proposals)} of '
-        f'Kinetics, {len(ava_proposals)} of '
-        f'AVA{f" ({collisions} keys in both)" if collisions else ""}'
+        f'{len(proposals)} frames with proposals in {merged.proposals}: '
+        f'{len(proposals) - len(ava_proposals)} of Kinetics, {len(ava_proposals)} of AVA'
+        + f' ({collisions} keys in both)'
+        * bool(collisions)
     )
     print(
-        f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes '
-        'the whole frame there'
+        f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes the '
+        'whole frame there'
     )
     if problems:
         print(f'  {len(problems)} rows or proposals left out: malformed; report: {report}')
@@ -271,35 +235,28 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     args = parse_args(argv)
     root, notes, split = args.avakinetics_root, args.avakinetics_root / 'annotations', args.split
-    kinetics = [
-        args.datalist or root / f'kinetics_{split}.csv',
-        args.picklepath or root / f'kinetics{"" if split == "train" else "_val"}_proposal.pkl',
-    ]
-    own = [
-        notes / f'ava_{split}_v2.2.csv',
-        notes / f'ava_dense_proposals_{split}.FAIR.recall_93.9.pkl',
-    ]
-    merged = (
-        own
-        if split == 'train'
-        else [notes / 'ava_kinetics_val_v2.2.csv', notes / 'ava_kinetics_dense_proposals_val.pkl']
-    )
+    part = '' if split == 'train' else f'_{split}'
+    kinetics = Paths(root / f'kinetics_{split}.csv', root / f'kinetics{part}_proposal.pkl')
+    name = f'ava_dense_proposals_{split}.FAIR.recall_93.9.pkl'
+    ava = merged = Paths(notes / f'ava_{split}_v2.2.csv', notes / name)
+    if split == 'val':
+        name = 'ava_kinetics_dense_proposals_val.pkl'
+        merged = Paths(notes / 'ava_kinetics_val_v2.2.csv', notes / name)
     copy_ava = f"copy AVA's annotation folder: cp -r {MMACTION2}/data/ava/annotations/ {root}/"
     hints = [
         'do Step 5 (prepare_annotation.py) or set --avakinetics_root',
         'do Step 6 (fetch_proposal.py) first',
+        copy_ava,
+        copy_ava,
     ]
     try:
-        for path, hint in zip(kinetics + own, hints + [copy_ava] * 2):
+        for path, hint in zip([*kinetics, *ava], hints):
             if not path.is_file():
                 sys.exit(f'error: {path} not found; {hint}')
         if notes.is_symlink():
-            sys.exit(
-                f"error: {notes} is a link to {notes.resolve()}: merging would change AVA's "
-                'own files; remove the link, '
-                f'then {copy_ava}'
-            )
-        merge(kinetics, own, merged, root / f'reports/merge_annotations_{split}.csv', copy_ava)
+            reason = "merging would change AVA's own files; remove the link, then"
+            sys.exit(f'error: {notes} is a link to {notes.resolve()}: {reason} {copy_ava}')
+        merge(kinetics, ava, merged, root / f'reports/merge_annotations_{split}.csv', copy_ava)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; fix it, then run the same command again')
     except KeyboardInterrupt:

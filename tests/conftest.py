@@ -113,6 +113,7 @@ def prepare_validation(mmaction2: Path) -> None:
     config, checkpoint = (option.split('=', 1)[1] for option in TINY)
     for line in demo.readme_commands('## The validation split')[0].strip().splitlines():
         line = line.replace('$CONFIG', config).replace('$CHECKPOINT', checkpoint)
+        line = line.replace('$AVAKINETICS_ROOT', f'{mmaction2}/data/ava_kinetics')
         script, *options = line.split()[1:]
         run(script, *options, cwd=place, env=os.environ | environment)
 

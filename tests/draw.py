@@ -7,12 +7,18 @@ compression, `read_stamp` reads it back, and `figure_boxes` says where the drawn
 """
 
 import subprocess
+from fractions import Fraction
 
+import av
 import cv2
-import imageio_ffmpeg
 import numpy as np
 
-FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
+try:
+    import imageio_ffmpeg
+
+    FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
+except ImportError:  # in `make demo`, which does without
+    FFMPEG = None
 STAMP_BITS = 12  # frame numbers up to 4095, most significant bit first, then one cell of parity
 
 
@@ -197,3 +203,14 @@ def encode(path, frames, fps, size: tuple[int, int], before=(), inputs=(), optio
     process.stdin.close()
     if process.wait():
         raise RuntimeError(f'ffmpeg failed on {path}: {command}')
+
+
+def encode_plain(path, frames, fps, size: tuple[int, int]) -> None:
+    """What `encode` does without options, by PyAV."""
+    with av.open(str(path), 'w') as video:
+        stream = video.add_stream('libx264', Fraction(fps), options=dict(preset='veryfast'))
+        stream.width, stream.height = size
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), 'bgr24')
+            video.mux(stream.encode(picture))
+        video.mux(stream.encode())

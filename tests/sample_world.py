@@ -61,9 +61,7 @@ def draw_kinetics(mmaction2: Path) -> None:
             path = f'{class_name}/{video}_{start:06d}_{start + 10:06d}.mp4'
             (kinetics / 'videos_train' / class_name).mkdir(parents=True, exist_ok=True)
             frames = (draw.draw_frame(scene, n / rate, size, n)[0] for n in range(round(10 * rate)))
-            draw.encode(
-                kinetics / 'videos_train' / path, frames, fps, size, options=['-preset', 'veryfast']
-            )
+            draw.encode_plain(kinetics / 'videos_train' / path, frames, fps, size)
             lines.append(f'{path} {label}')
             for second in seconds:
                 rows += annotate(

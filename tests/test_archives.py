@@ -2,9 +2,12 @@
 broken archives.
 """
 
+import gzip
 import http.server
 import io
 import random
+import subprocess
+import sys
 import tarfile
 import threading
 
@@ -12,16 +15,7 @@ import decord
 import pytest
 
 import draw
-from helpers import (
-    annotation_rows,
-    clip_frames,
-    errors,
-    here,
-    numbered_source,
-    read_csv,
-    read_report,
-    snapshot,
-)
+from helpers import REPO, annotation_rows, errors, here, numbered_source, read_report, snapshot
 
 SOURCES = {
     'a b (c)/aaaaaaaaaaa_000100_000110.mp4': {},
@@ -45,17 +39,11 @@ ROWS = (
 
 @pytest.fixture(scope='module')
 def kinetics(tmp_path_factory):
-    """A folder of sources, the annotations, and what a list of files makes of them in root/,
-    without the source of c that comes in a later archive.
-    """
+    """A folder of sources, the annotations, and what a list of files makes of them in root/."""
     folder = tmp_path_factory.mktemp('kinetics')
     for path, variant in SOURCES.items():
         numbered_source(folder / 'files' / path, variant)
-    (folder / 'list.txt').write_text(
-        ''.join(
-            f'files/{path} 1\n' for path in SOURCES if path != 'y/ccccccccccc_000053_000063.mp4'
-        )
-    )
+    (folder / 'list.txt').write_text(''.join(f'files/{path} 1\n' for path in SOURCES))
     (folder / 'notes').mkdir()
     (folder / 'notes/kinetics_train_v1.0.csv').write_text(ROWS)
     here(
@@ -108,13 +96,9 @@ def test_clips_are_those_of_the_list(kinetics, archives, tmp_path):
     done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
     assert '6 of 7 annotated keyframes' in done.stdout
-    # which of two archives makes a clip that both could make depends on who comes first
-    rows = [
-        row
-        for row in read_report(tmp_path / 'root', 'cut_kinetics_train')
-        if not row[2].startswith('not used')
+    assert read_report(tmp_path / 'root', 'cut_kinetics_train') == [
+        ['eeeeeeeeeee', '3', 'no video holds this second']
     ]
-    assert rows == [['eeeeeeeeeee', '3', 'video in no archive that was read']]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         '1.tar',
         '2.tar.gz',
@@ -148,17 +132,13 @@ def test_second_run_reads_no_archive(kinetics, archives, tmp_path):
 def test_a_truncated_archive_costs_no_finished_clip(kinetics, archives, tmp_path):
     whole = archives[0].read_bytes()
     archives[0].write_bytes(whole[: len(whole) - len(whole) // 3])
-    done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
-    clips = {path.name for path in (tmp_path / 'root/videos').iterdir()}
-    assert (
-        'aaaaaaaaaaa_000101_000109.mp4' in clips
-        and '1 more in the report: unreadable archive' in done.stdout
-    )
-    assert [
-        row[2]
-        for row in read_csv(tmp_path / 'root/reports/cut_kinetics_train.csv')
-        if 'unreadable archive' in row[2]
-    ]
+    done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives, code=1)
+    assert (tmp_path / 'root/videos/aaaaaaaaaaa_000101_000109.mp4').exists()
+    message = errors(done)
+    assert message.startswith('error: 1 archives cannot be read to their end: ')
+    assert f'{archives[0]}: ' in message and 'unexpected end of data' in message
+    rows = read_report(tmp_path / 'root', 'cut_kinetics_train')
+    assert [row[2].split(':')[0] for row in rows if not row[0]] == ['unreadable archive']
     archives[0].write_bytes(whole)
     archives[1].unlink()  # finished before, so not read again
     cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
@@ -171,34 +151,11 @@ def test_a_damaged_header_is_no_end(kinetics, archives, tmp_path):
     with tarfile.open(archives[2]) as tar:
         last = tar.getmembers()[-1].offset
     archives[2].write_bytes(whole[:last] + b'\xff' * 512 + whole[last + 512 :])
-    cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
-    assert [
-        row[2]
-        for row in read_report(tmp_path / 'root', 'cut_kinetics_train')
-        if 'unreadable archive' in row[2] and '3.tar' in row[2]
-    ]
+    done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives, code=1)
+    assert '3.tar: ' in errors(done) and 'damaged archive' in errors(done)
     archives[2].write_bytes(whole)
     cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
-
-
-def test_a_killed_change_of_options_goes_on(kinetics, archives, tmp_path):
-    """Clips of the old options are not taken for those of the new ones."""
-    cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
-    cut_archives(
-        kinetics,
-        tmp_path / 'root',
-        '--kinetics_archives',
-        archives[0],
-        '--short_side=64',
-        '--overwrite',
-    )
-    done = cut_archives(
-        kinetics, tmp_path / 'root', '--kinetics_archives', *archives, '--short_side=64'
-    )
-    assert '1 cut now' in done.stdout
-    for clip in (tmp_path / 'root/videos').glob('*.mp4'):
-        assert min(decord.VideoReader(str(clip))[0].shape[:2]) == 64
 
 
 class Flaky(http.server.BaseHTTPRequestHandler):
@@ -210,7 +167,7 @@ class Flaky(http.server.BaseHTTPRequestHandler):
         self.do_GET(body=False)
 
     def do_GET(self, body=True):
-        path = self.folder / self.path.lstrip('/')
+        path = self.folder / self.path.rsplit('/', 1)[-1]  # a proxy is asked for whole URLs
         if not path.is_file():
             return self.send_error(404)
         data, first, last = path.read_bytes(), 0, path.stat().st_size - 1
@@ -235,21 +192,95 @@ class Flaky(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_over_http_with_dropped_connections(kinetics, archives, tmp_path):
-    server = http.server.ThreadingHTTPServer(
-        ('127.0.0.1', 0), type('Here', (Flaky,), dict(folder=tmp_path))
-    )
+@pytest.fixture
+def server(tmp_path):
+    handler = type('Here', (Flaky,), dict(folder=tmp_path))
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        urls = [f'http://127.0.0.1:{server.server_port}/{path.name}' for path in archives]
-        done = cut_archives(
-            kinetics, tmp_path / 'root', '--kinetics_archives', *urls, f'{urls[0]}.gone'
-        )
-    finally:
-        server.shutdown()
+    yield server
+    server.shutdown()
+
+
+def test_over_http_with_dropped_connections(kinetics, archives, server, tmp_path):
+    urls = [f'http://127.0.0.1:{server.server_port}/{path.name}' for path in archives]
+    urls.append(f'{urls[0]}.gone')
+    done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *urls, code=1)
     assert server.RequestHandlerClass.answers >= 3
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
-    assert '1 more in the report: unreadable archive' in done.stdout
+    assert f'1 archives cannot be read to their end: {urls[3]}' in errors(done)
+
+
+def test_through_the_proxy_that_the_environment_names(
+    kinetics, archives, server, tmp_path, monkeypatch
+):
+    monkeypatch.setenv('http_proxy', f'http://127.0.0.1:{server.server_port}')
+    urls = [f'http://nowhere.invalid/{path.name}' for path in archives]
+    cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *urls)
+    assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
+
+
+def write_whole(kinetics, path, mode: str) -> bytes:
+    """All sources as one archive, whose content is returned."""
+    with tarfile.open(path, mode) as tar:
+        for name in SOURCES:
+            tar.add(kinetics / 'files' / name, name)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize('mode', ['w', 'w:gz', 'w:bz2', 'w:xz'])
+def test_compressions(kinetics, tmp_path, mode):
+    write_whole(kinetics, tmp_path / 'all', mode)
+    cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', tmp_path / 'all')
+    assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
+
+
+def test_a_gzip_of_several_members(kinetics, tmp_path):
+    """As pigz and bgzip write it; tarfile alone stops behind the first."""
+    data = write_whole(kinetics, tmp_path / 'all.tar', 'w')
+    pieces = [data[start : start + 100_000] for start in range(0, len(data), 100_000)]
+    (tmp_path / 'all.tar.gz').write_bytes(b''.join(map(gzip.compress, pieces)))
+    cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', tmp_path / 'all.tar.gz')
+    assert len(pieces) > 2
+    assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
+
+
+def cut_stdin(kinetics, root, producer: str, **options) -> subprocess.CompletedProcess:
+    """Step 3 on what a shell command writes."""
+    script = f'{sys.executable} {REPO}/cut_kinetics.py --kinetics_archives -'
+    return subprocess.run(
+        f'{producer} | {script} --avakinetics_anotation={kinetics}/notes --avakinetics_root={root}',
+        shell=True,
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+def test_pieces_of_one_archive_through_standard_input(kinetics, tmp_path):
+    """The form in which MMAction2's download brings Kinetics-700."""
+    data = write_whole(kinetics, tmp_path / 'all.tar.gz', 'w:gz')
+    (tmp_path / 'raw').mkdir()
+    for index in range(3):
+        piece = data[index * len(data) // 3 : (index + 1) * len(data) // 3]
+        (tmp_path / f'raw/Kinetics700.tar.gz.{index:02d}').write_bytes(piece)
+    for said in '(4 cut now, 0 there already)', '(0 cut now, 4 there already)':
+        done = cut_stdin(kinetics, tmp_path / 'root', f'cat {tmp_path}/raw/*.tar.gz*')
+        assert done.returncode == 0 and said in done.stdout, done.stderr
+        assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
+    (tmp_path / 'raw/Kinetics700.tar.gz.02').unlink()
+    done = cut_stdin(kinetics, tmp_path / 'root', f'cat {tmp_path}/raw/*.tar.gz*')
+    assert done.returncode == 1 and 'cannot be read to their end: -: EOFError' in errors(done)
+
+
+def test_several_archives_through_standard_input(kinetics, archives, tmp_path):
+    """Each has an end of its own, behind which tar itself stops."""
+    zipped = tmp_path / '1.tar.gz'
+    zipped.write_bytes(gzip.compress(archives[0].read_bytes()))
+    third = tmp_path / '3.tar.gz'
+    third.write_bytes(gzip.compress(archives[2].read_bytes()))
+    done = cut_stdin(kinetics, tmp_path / 'root', f'cat {zipped} {archives[1]} {third}')
+    assert done.returncode == 0, done.stderr
+    assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
 def test_short_side(kinetics, tmp_path):
@@ -296,43 +327,6 @@ def write_tar(path, members: dict, filler=0):
             tar.add(file, name)
 
 
-@pytest.fixture
-def two(tmp_path):
-    """One video whose pictures tell which of two archives it came from, and its annotations: the
-    first archive is slow.
-    """
-    numbered_source(tmp_path / 'first.mp4', {})
-    numbered_source(tmp_path / 'second.mp4', dict(first=1000))
-    name = 'x/aaaaaaaaaaa_000100_000110.mp4'
-    write_tar(tmp_path / '1.tar.gz', {name: tmp_path / 'first.mp4'}, filler=80_000_000)
-    write_tar(tmp_path / '2.tar', {name: tmp_path / 'second.mp4'})
-    (tmp_path / 'notes').mkdir()
-    (tmp_path / 'notes/kinetics_train_v1.0.csv').write_text(annotation_rows('aaaaaaaaaaa', 105))
-    return tmp_path
-
-
-@pytest.mark.parametrize('order,expected', [('12', 90), ('21', 1090)])
-def test_of_two_archives_with_one_clip_the_first_wins_whichever_ends_first(two, order, expected):
-    names = {'1': '1.tar.gz', '2': '2.tar'}
-    done = cut_archives(
-        two,
-        two / 'root',
-        '--num_workers=2',
-        '--kinetics_archives',
-        *(two / names[number] for number in order),
-    )
-    assert clip_frames(two / 'root/videos/aaaaaaaaaaa_000103_000107.mp4')[0] == expected
-    assert read_report(two / 'root', 'cut_kinetics_train') == [
-        [
-            '',
-            '',
-            'not used, since an earlier archive has it too: aaaaaaaaaaa_000103_000107.mp4 of '
-            + names[order[1]],
-        ]
-    ]
-    assert '1 of 1 annotated keyframes' in done.stdout
-
-
 def test_a_clip_that_spans_its_whole_source_is_not_cut_onto_it(tmp_path):
     numbered_source(tmp_path / 'source.mp4', {})
     write_tar(tmp_path / 'a.tar', {'aaaaaaaaaaa_000100_000110.mp4': tmp_path / 'source.mp4'})
@@ -359,49 +353,25 @@ def test_archives_of_one_name_are_told_apart(kinetics, archives, tmp_path):
     ]
 
 
-def test_what_new_annotations_need_is_told_and_nothing_is_forgotten(kinetics, archives, tmp_path):
-    """Rows are added after the archives were read and two of the three deleted."""
+def test_archives_are_read_again_for_new_annotations(kinetics, archives, tmp_path):
+    """No clip of the old ones is cut again, and none is forgotten."""
     (tmp_path / 'notes').mkdir()
     notes = tmp_path / 'notes/kinetics_train_v1.0.csv'
     notes.write_text(ROWS)
     cut_archives(tmp_path, tmp_path / 'root', '--kinetics_archives', *archives)
     before = snapshot(tmp_path / 'root/videos')
-    notes.write_text(ROWS + annotation_rows('uNwAnTeD-00', 5) + annotation_rows('-b_b_b_b_b_', 2))
-    archives[0].unlink(), archives[1].unlink()
-    done = cut_archives(tmp_path, tmp_path / 'root', '--kinetics_archives', *archives)
-    assert (
-        '1 cut now' in done.stdout and '2 keyframes left out: archive to read again' in done.stdout
-    )
-    assert read_report(tmp_path / 'root', 'cut_kinetics_train')[:2] == [
-        ['-b_b_b_b_b_', '2', 'archive to read again: 1.tar'],
-        ['-b_b_b_b_b_', '9', 'archive to read again: 1.tar'],
-    ]
+    notes.write_text(ROWS + annotation_rows('uNwAnTeD-00', 5))
+    done = cut_archives(tmp_path, tmp_path / 'root', '--kinetics_archives', archives[2])
+    assert '(1 cut now, 4 there already)' in done.stdout, done.stdout
     assert before.items() <= snapshot(tmp_path / 'root/videos').items()
     assert (tmp_path / 'root/videos/uNwAnTeD-00_000003_000007.mp4').exists()
-    done = cut_archives(
-        tmp_path, tmp_path / 'root', '--kinetics_archives', archives[2], '--overwrite'
-    )
-    assert (
-        '2 cut now' in done.stdout and before.items() <= snapshot(tmp_path / 'root/videos').items()
-    )
-    assert '2 keyframes left out: archive to read again' in done.stdout
 
 
 def test_errors_say_what_to_do(kinetics, tmp_path):
-    assert 'not one clip' in errors(
-        cut_archives(
-            kinetics, tmp_path / 'root', '--kinetics_archives', tmp_path / 'none.tar', code=1
-        )
-    )
-    done = cut_archives(
-        kinetics, tmp_path / 'root', '--kinetics_archives', 's4://bucket/x.tar', code=1
-    )
-    assert (
-        'not one clip' in errors(done) and '1 more in the report: unreadable archive' in done.stdout
-    )
-    assert (
-        'none.txt'
-        in cut_archives(
-            kinetics, tmp_path / 'root', '--kinetics_archives', f'@{tmp_path}/none.txt', code=2
-        ).stderr
-    )
+    root = tmp_path / 'root'
+    for name in tmp_path / 'none.tar', 's4://bucket/x.tar', tmp_path:
+        message = errors(cut_archives(kinetics, root, '--kinetics_archives', name, code=1))
+        assert message.startswith(f'error: 1 archives cannot be read to their end: {name}: ')
+        assert len(read_report(root, 'cut_kinetics_train')) == 8
+    done = cut_archives(kinetics, root, '--kinetics_archives', f'@{tmp_path}/none.txt', code=1)
+    assert 'No such file or directory' in errors(done) and 'none.txt' in errors(done)

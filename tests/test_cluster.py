@@ -91,7 +91,7 @@ fetch_proposal.main()
 
 
 def test_proposals_are_the_same_on_a_cluster_and_each_worker_builds_one_detector(tmp_path):
-    """The detector notes the process that builds it; the run itself builds one for its check."""
+    """The detector notes the process that builds it."""
     root = write_root(tmp_path / 'root', range(12))
     config = write_detector_class(
         tmp_path,
@@ -119,7 +119,7 @@ def test_proposals_are_the_same_on_a_cluster_and_each_worker_builds_one_detector
     assert found.keys() == expected.keys() and len(found) == 36
     for key, boxes in found.items():
         assert_same_people(boxes, expected[key])
-    assert 2 <= len(list(tmp_path.glob('built *'))) <= 3  # one worker may get all nine chunks
+    assert 1 <= len(list(tmp_path.glob('built *'))) <= 2  # one worker may get all nine chunks
 
 
 def test_a_detector_that_cannot_start_on_a_worker_ends_the_run_with_a_line(tmp_path, shared):
@@ -129,7 +129,7 @@ model = dict(test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms'))))
 """)
     options = [f'--avakinetics_root={tmp_path}/root', f'--config={tmp_path}/soft.py', TINY[1]]
     message = errors(run('fetch_proposal.py', *options, shared, code=1))
-    assert 'the detector cannot run: NotImplementedError: it needs' in message
+    assert 'the detector failed on scene-00000,0011: NotImplementedError: it needs' in message
     assert "mmcv's compiled operator softnms" in message
 
 
@@ -191,7 +191,7 @@ def test_a_missing_package_is_told(job, tmp_path, monkeypatch):
 
 def test_more_items_than_the_cluster_is_given_at_once(job, shared, tmp_path):
     source = (REPO / 'cut_kinetics.py').read_text()
-    assert source.count('AHEAD = 2000') == 1
-    (tmp_path / 'cut.py').write_text(source.replace('AHEAD = 2000', 'AHEAD = 3'))
+    assert source.count('AHEAD = 500') == 1
+    (tmp_path / 'cut.py').write_text(source.replace('AHEAD = 500', 'AHEAD = 3'))
     run(tmp_path / 'cut.py', *job.command('cut', tmp_path / 'root', shared)[2:])
     assert_undisturbed(job, 'cut', tmp_path / 'root')

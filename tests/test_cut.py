@@ -161,14 +161,6 @@ def test_second_run_changes_nothing(matrix):
     assert snapshot(folder) == before
 
 
-def test_overwrite_gives_the_same_bytes(matrix):
-    folder, _ = matrix
-    before, victim = snapshot(folder), sorted((folder / 'root/videos').iterdir())[0]
-    victim.write_bytes(b'spoilt')
-    cut(folder, '--overwrite')
-    assert snapshot(folder) == before
-
-
 def make(folder, sources: dict, annotations: str, lines: list[str] | None = None):
     """A job of {path below videos_train: variant or None for a path without file}; the list names
     them all.
@@ -204,23 +196,23 @@ def test_ranges_lie_two_seconds_around_the_keyframes_and_within_the_source(world
     assert clips(world) == ['aaaaaaaaaaa_000102_000107.mp4', 'bbbbbbbbbbb_000000_000010.mp4']
 
 
-def test_most_centred_source_is_taken_and_another_where_it_is_unreadable(world):
+def test_of_sources_that_overlap_each_gives_a_clip_and_a_broken_one_costs_nothing(world):
+    """Step 5 takes the clip in which a keyframe is most centred."""
     make(
         world,
         {'a/aaaaaaaaaaa_000100_000110.mp4': {}, 'b/aaaaaaaaaaa_000103_000113.mp4': {}},
         annotation_rows('aaaaaaaaaaa', 105) + annotation_rows('aaaaaaaaaaa', 109),
     )
     cut(world)
-    assert clips(world) == ['aaaaaaaaaaa_000103_000107.mp4', 'aaaaaaaaaaa_000107_000111.mp4']
-    assert clip_frames(world / 'root/videos/aaaaaaaaaaa_000107_000111.mp4')[0] == 4 * 30
+    assert clips(world) == ['aaaaaaaaaaa_000103_000110.mp4', 'aaaaaaaaaaa_000103_000111.mp4']
+    assert clip_frames(world / 'root/videos/aaaaaaaaaaa_000103_000111.mp4')[0] == 0
     for path in (world / 'root/videos').iterdir():
         path.unlink()
     (world / 'kinetics700/videos_train/b/aaaaaaaaaaa_000103_000113.mp4').write_bytes(b'no video')
-    cut(world)
-    assert clips(world) == ['aaaaaaaaaaa_000103_000110.mp4'] and not reasons(world)
-    assert '1 there already' in cut(world).stdout and clips(world) == [
-        'aaaaaaaaaaa_000103_000110.mp4'
-    ]
+    for said in '(1 cut now, 0 there already)', '(0 cut now, 1 there already)':
+        done = cut(world)
+        assert said in done.stdout and '2 of 2 annotated keyframes' in done.stdout
+        assert clips(world) == ['aaaaaaaaaaa_000103_000110.mp4'] and not reasons(world)
 
 
 def test_a_copy_of_the_same_seconds_serves_where_the_first_is_missing(world):
@@ -252,7 +244,7 @@ def test_sources_that_end_early(world):
     assert clip_frames(world / 'root/videos/aaaaaaaaaaa_000007_000010.mp4')[-22:] == [278] * 22
     assert reasons(world) == {
         ('bbbbbbbbbbb', '9'): 'source too short: it ends 0.8 s before the clip does',
-        ('ccccccccccc', '9'): 'source too short: it ends 3.0 s before the clip does',
+        ('ccccccccccc', '9'): 'source too short: it ends 6.0 s before the clip does',
     }
 
 
@@ -284,19 +276,26 @@ def test_every_unusable_line_is_reported_with_its_number(world):
         clips(world) == ['aaaaaaaaaaa_000103_000107.mp4']
         and '1 of 4 annotated keyframes' in done.stdout
     )
+    nobody = 'no video holds this second'
+    lines = (world / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').read_text().splitlines(True)
+    listed = (world / 'kinetics700/list.txt').read_text().splitlines(True)
     assert read_report(world / 'root', 'cut_kinetics_train') == [
-        ['aaaaaaaaaaa', '150', 'no listed video holds this second'],
-        ['bbbbbbbbbbb', '3', 'video not in the list'],
-        ['ddddddddddd', '3', 'no listed video holds this second'],
-        ['', '', 'malformed annotation: line 2: not a box within 0 and 1'],
-        ['', '', 'malformed annotation: line 3: not a time in seconds'],
-        ['', '', 'malformed annotation: line 4: no video id, or more than 7 columns'],
-        ['', '', 'malformed annotation: line 5: not a box within 0 and 1'],
-        ['', '', 'malformed annotation: line 6: not a box within 0 and 1'],
-        ['', '', 'malformed annotation: line 7: not an action of 1 to 80'],
-        ['', '', 'malformed annotation: line 8: not a box within 0 and 1'],
-        ['', '', 'malformed list line: line 2: no name like ID_000001_000011.mp4'],
-        ['', '', 'malformed list line: line 3: no name like ID_000001_000011.mp4'],
+        ['aaaaaaaaaaa', '150', nobody],
+        ['bbbbbbbbbbb', '3', nobody],
+        ['ddddddddddd', '3', nobody],
+        *(
+            ['', '', f'malformed annotation: line {number}: {lines[number - 1]!r}']
+            for number in range(2, 9)
+        ),
+        *(
+            [
+                '',
+                '',
+                f'malformed list line: line {number}: no name like ID_000001_000011.mp4: '
+                f'{listed[number - 1]!r}',
+            ]
+            for number in (2, 3)
+        ),
     ]
 
 
@@ -343,12 +342,29 @@ def test_the_right_spelling_and_the_documented_defaults_work(world):
 def test_errors_say_what_to_do(world):
     assert 'do Step 2' in errors(cut(world, code=1))
     make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': None}, annotation_rows('bbbbbbbbbbb', 105))
-    assert 'holds none of the 1 annotated videos' in errors(cut(world, code=1))
+    assert 'holds no annotated video; is it of this split' in errors(cut(world, code=1))
     make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': None}, annotation_rows('aaaaaaaaaaa', 105))
-    assert 'is not a program' in errors(cut(world, '--ffmpeg=/no/ffmpeg', code=1))
     assert 'not one clip could be cut' in errors(cut(world, code=1))
+    both = errors(cut(world, '--kinetics_archives', 'x.tar', code=1))
+    assert both == 'error: give --kinetics_list or --kinetics_archives, not both'
     (world / 'kinetics700/list.txt').unlink()
     assert 'do Step 1' in errors(cut(world, code=1))
+    (world / 'kinetics700/list.txt').mkdir()
+    assert 'Is a directory' in errors(cut(world, code=1))
+
+
+def test_a_file_of_which_no_line_is_usable_says_what_is_wrong_with_the_first(world):
+    make(
+        world,
+        {},
+        annotation_rows('aaaaaaaaaaa', 105),
+        ['a/aaaaaaaaaaa_000100_000110.mp4,7', 'a/bbbbbbbbbbb_000100_000110.mp4,7'],
+    )
+    message = errors(cut(world, code=1))
+    assert "line 1: no name like ID_000001_000011.mp4: 'a/aaaaaaaaaaa_000100_0001" in message
+    make(world, {}, 'aaaaaaaaaaa,105,0.1,0.2,0.5\nbbbbbbbbbbb,105,0.1\n', ['x 1'])
+    message = errors(cut(world, code=1))
+    assert "line 1: 'aaaaaaaaaaa,105,0.1,0.2,0.5" in message and 'do Step 2' in message
 
 
 @pytest.mark.parametrize('side,coder', [(480, b'cabac=0'), (482, b'cabac=1')])

@@ -23,6 +23,7 @@ from job import A_CLIP, STEPS, assert_undisturbed, assert_whole
 
 INTERRUPTED = ['interrupted; run the same command again']
 HALF_A_CLIP = r'write .*/img_00030\.jpg$'
+LEDGER = r'write .*archives\.jsonl$'
 CLIPS = [r'/videos/[^/]*\.mp4$', r'/videos/00000000004_']
 # step -> where it is held while it works, and how many processes get there: two workers, or one
 WORKING = {
@@ -38,10 +39,10 @@ WORKING = {
 # step -> the stages at which it is killed, each on what the kill before has left
 STAGES = {
     'cut': [r'cut_kinetics_options\.json$', *CLIPS, r'cut_kinetics_train\.csv$'],
-    'cut archives': [*CLIPS, r'archives\.jsonl$', r'cut_kinetics_train\.csv$'],
+    'cut archives': [*CLIPS, LEDGER, r'cut_kinetics_train\.csv$'],
     'extract': [HALF_A_CLIP, r'/rawframes/[^/]*$', r'/rawframes/00000000004_', r'extract_rgb'],
     'prepare': [r'prepare_annotation_train\.csv$', r'kinetics_train\.csv$'],
-    'prepare from videos': [r'prepare_annotation_train\.csv$', r'kinetics_train\.csv$'],
+    'prepare from videos': [r'kinetics_train\.csv$'],
     'fetch': [r'fetch_proposal_train\.csv$', r'/kinetics_proposal\.pkl$'],
     'merge': [r'ava_only\.csv$', r'/ava_train_v2\.2\.csv$', r'93\.9\.pkl$', r'merge_annotations'],
     'link': [r'/rawframes/AVA_mov-1_x$', r'softlink_ava\.csv$', r'report\.html$'],
@@ -65,7 +66,7 @@ def test_killed_at_every_stage_and_the_next_run_mends_all(job, step, tmp_path):
     root = copy_before(job, step, tmp_path)
     for number, stage in enumerate(STAGES[step]):
         notes = tmp_path / f'notes{number}'
-        at = stage if stage == HALF_A_CLIP else f'os.rename .*{stage}'
+        at = stage if stage in (HALF_A_CLIP, LEDGER) else f'os.rename .*{stage}'
         with held(job.command(step, root), notes, at) as process:
             kill_tree(process)
         assert process.returncode == -signal.SIGKILL
@@ -110,17 +111,6 @@ def test_interrupted_says_so_in_one_line_and_the_next_run_goes_on(job, step, tmp
         assert not [path for path in root.rglob('.*') if path.suffix != '.part']
         assert_whole(job, step, root)
     finish(job, step, root)
-
-
-def test_one_worker_is_interrupted_in_the_scripts_own_process(job, tmp_path):
-    at = r'os.rename .*/videos/00000000004_'
-    command = job.command('cut', tmp_path / 'root', '--num_workers=1')
-    with held(command, tmp_path / 'notes', at) as process:
-        assert held_processes(tmp_path / 'notes') == [process.pid]
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=300)
-    assert (process.returncode, said(err)) == (130, INTERRUPTED)
-    assert not list((tmp_path / 'root/videos').glob('00000000004_*'))
 
 
 @pytest.mark.parametrize('step', ['cut', 'cut archives', 'extract', 'fetch'])

@@ -29,7 +29,7 @@ def test_readme_commands_make_the_data_set(mmaction2):
     }
     assert 100_000 < (root / 'report.html').stat().st_size < 4_000_000
     assert (
-        said.count('  recall: proposals meet') == 1 and said.count('  recall of ') == 3
+        said.count('  recall: proposals match') == 1 and said.count('  recall of ') == 3
     )  # after Step 6, after Step 7
 
 
@@ -38,7 +38,7 @@ def test_readme_commands_again_change_nothing(mmaction2):
     assert any('cp -r' in commands for commands in demo.readme_commands('### Step [3-7]'))
     assert mmaction2.notes['after again'] == mmaction2.notes['after first']
     said = mmaction2.notes['again']
-    assert '0 cut now' in said and '0 extracted now' in said and 'nothing to do' in said
+    assert '0 cut now' in said and '0 extracted now' in said and '  0 frames detected now' in said
 
 
 def dataset(root, clip_len, frame_interval, test_mode):

@@ -113,7 +113,7 @@ def test_malformed_lines_are_reported(world):
         + b'x' * 1_000_000
         + b'\n',
     )
-    assert '3 lines skipped' in prepare(world).stdout
+    assert '3 left out: malformed annotation' in prepare(world).stdout
     assert [
         row[2].split(':')[1] for row in read_report(world / 'root', 'prepare_annotation_train')
     ] == [' line 2', ' line 3', ' line 4']
@@ -125,8 +125,11 @@ def test_second_run_changes_nothing(world):
     annotate(world, annotation_rows('aaaaaaaaaaa', 105, 3) + annotation_rows('aaaaaaaaaaa', 109))
     prepare(world)
     before = snapshot(world)
-    prepare(world, '--num_workers=1')
+    times = {path: path.stat().st_mtime_ns for path in world.rglob('*')}
+    for workers in '1', '-1':
+        prepare(world, f'--num_workers={workers}')
     assert snapshot(world) == before
+    assert {path: path.stat().st_mtime_ns for path in world.rglob('*')} == times
 
 
 def test_errors_say_what_to_do(world):
@@ -134,7 +137,7 @@ def test_errors_say_what_to_do(world):
     annotate(world, annotation_rows('aaaaaaaaaaa', 105))
     assert 'do Step 3' in errors(prepare(world, code=1))
     (world / 'root/rawframes').mkdir()
-    assert 'holds no clip of the 1 videos' in errors(prepare(world, code=1))
+    assert 'holds no clip of the 1 annotated videos' in errors(prepare(world, code=1))
     fake_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107', 119)
     (world / 'root/kinetics_train.csv').write_text('of an earlier run\n')
     assert 'not one annotation has its frames' in errors(prepare(world, code=1))
