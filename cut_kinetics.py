@@ -3,12 +3,12 @@
 
 Reads the annotations of AVA-Kinetics (kinetics_train_v1.0.csv) and the videos of Kinetics-700, from
 a list of files or straight from archives, and writes ROOT/videos/<video id>_<start>_<end>.mp4: the
-annotated keyframes with two seconds around them, at constant 30 fps. Frame k of a clip is the frame
-of the source that is nearest to source time start - source_start + k / 30.
+annotated keyframes plus two seconds before and after, within the source, at constant 30 fps. Frame
+k of a clip is the frame of the source that is nearest to source time start - source_start + k / 30.
 
-Keyframes that no clip holds are in ROOT/reports/cut_kinetics_train.csv, with the reason. The same
-command continues after an interruption. A clip that is older than its source is cut again. With
---split val, all names have val in place of train.
+Keyframes without a clip are listed in ROOT/reports/cut_kinetics_train.csv, with the reason. The
+same command continues after an interruption. A clip that is older than its listed source is cut
+again. With --split val, the annotations, the list and the report have val in their names.
 
     python3 cut_kinetics.py --avakinetics_anotation=./ava_kinetics_v1_0 \\
         --kinetics_list=$MMACTION2/data/kinetics700/kinetics700_train_list_videos.txt \\
@@ -18,6 +18,7 @@ command continues after an interruption. A clip that is older than its source is
 from __future__ import annotations
 
 import argparse
+import bz2
 import contextlib
 import csv
 import ctypes
@@ -29,10 +30,10 @@ import importlib
 import io
 import json
 import logging
+import lzma
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -58,8 +59,8 @@ if TYPE_CHECKING:
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
-CONTEXT_S = 2  # kept before and after the keyframes; MMAction2's windows reach 32 frames
-MAX_OFF_S = 0.75  # how far a frame may be from its due time, where the source lacks pictures
+CONTEXT_S = 2  # kept before and after the keyframes; MMAction2's windows reach 40 frames each way
+MAX_OFF_S = 0.75  # how far a frame may be from its due time, where the source has gaps
 # Codec delays put the first picture up to 0.1 s behind the sound; beyond 0.2 s, some are missing
 MAX_LEAD_S = 0.2
 # More SSIM than x264's defaults (medium, crf 23) at a third of the time, below 1.8 times the size.
@@ -68,18 +69,21 @@ MAX_LEAD_S = 0.2
 ENCODER = dict(preset='superfast', bf='1', b_strategy='0', weightp='0')
 SMALL, LARGE = dict(crf='21.4', coder='vlc'), dict(crf='21.6')
 LARGE_SIDE = 480  # pixels of the short side, above which LARGE is used
-CLIP_FORMAT = 3  # one more for each change of this script that makes other clips
+CLIP_FORMAT = 3  # increase it when a change of this script alters the clips
 # Only real containers: FFmpeg would also read a playlist, and with it any file that it names
 CONTAINERS = 'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpegts,mpeg,ogg'
 MAX_PIXELS = 7680 * 4320  # a header that claims larger pictures would cost gigabytes of memory
 MAX_BYTES = 2**28  # of a video in an archive; ten seconds have a few MB
-DELAY = 5  # pictures after which decoders have noticed most errors
-HARMLESS = 'mmco: unref short failure'  # at the start of videos cut out of open groups of pictures
+DELAY = 5  # pictures by which decoders may report an error late
+# FFmpeg's message on intact videos that were cut out of open groups of pictures
+HARMLESS = 'mmco: unref short failure'
 BT601 = 6  # matrix_coefficients of ITU-T H.273
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 AHEAD = 500  # items that a cluster is given at once
+# by their first bytes; tarfile itself stops after the first of several compressed pieces
+OPENERS = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zX': lzma.open}
 VIDEO_ID = re.compile(r'[A-Za-z0-9_-]{11}')
-NOBODY = 0, 0, 1, 1, 1  # stands for box and action in rows of two columns
+NOBODY = 0, 0, 1, 1, 1  # passes the checks for rows of two columns, which have no box
 LABEL = re.compile(r'\s+[+-]?[0-9]+$')  # of a list's line
 NAME = re.compile(r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})\.[A-Za-z0-9]+')
 
@@ -150,7 +154,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=-1,
         metavar='N',
-        help='parallel processes (default: all CPUs)',
+        help='parallel processes (default: -1, all CPUs)',
     )
     parser.add_argument(
         '--dask_scheduler',
@@ -166,10 +170,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         sys.exit('error: --short_side must be an even number of pixels, such as 256')
     for index, name in reversed(list(enumerate(args.kinetics_archives))):
         if name.startswith('@'):
-            args.kinetics_archives[index : index + 1] = Path(name[1:]).read_text().split()
+            lines = map(str.strip, Path(name[1:]).read_text().splitlines())
+            args.kinetics_archives[index : index + 1] = filter(None, lines)
     listed = MMACTION2 / f'data/kinetics700/kinetics700_{args.split}_list_videos.txt'
     args.kinetics_list = args.kinetics_list or listed
-    root = args.avakinetics_root.absolute()
+    root = args.avakinetics_root.expanduser().absolute()
     args.videos, args.reports = root / 'videos', root / 'reports'
     args.work = args.videos / f'.cut_kinetics_{args.split}'
     return args
@@ -193,7 +198,7 @@ def read_annotations(path: Path) -> tuple[list[tuple], list[tuple]]:
             except ValueError:
                 valid = False
             if valid and VIDEO_ID.fullmatch(fields[0]):
-                rows.append((fields[0], int(second), numbers))  # MMAction2's name of a keyframe
+                rows.append((fields[0], int(second), numbers))  # as MMAction2 names keyframes
             elif line.strip():
                 problems.append(('', '', f'malformed annotation: line {index}: {line[:80]!r}'))
     return rows, problems
@@ -258,9 +263,9 @@ def clip_name(source: Source, seconds: list[int]) -> str:
 def decode(path: str, start: float) -> Iterator[tuple[float, VideoFrame, str | None]]:
     """Yield (time, picture, fault) for each picture of a video; times are in seconds.
 
-    The fault is the error with which a picture, or one that it refers to, was decoded. It ends at
-    the last key frame that is not after `start`, since pictures behind refer to none before it.
-    Time 0 is the first picture, or the container's start if pictures are missing after that.
+    The fault is an error with which this picture or an earlier one was decoded. It is forgotten at
+    each key frame up to `start`, on which later pictures alone depend. Time 0 is the first picture
+    or, if that comes more than MAX_LEAD_S after the container's start, the container's start.
     """
     import av
 
@@ -271,7 +276,7 @@ def decode(path: str, start: float) -> Iterator[tuple[float, VideoFrame, str | N
         av.open(file, options=options) as video,
     ):
         log.clear()
-        stream = video.streams.best('video')  # none of a cover
+        stream = video.streams.best('video')  # not cover art
         if not stream:
             raise Unusable('unreadable video: it holds no pictures')
         stream.thread_type = 'NONE'
@@ -328,7 +333,7 @@ def nearest(
                 raise Unusable(f'source too short: it ends {short:.1f} s before the clip does')
             gap = f'between {max(0, before[0]):.1f} and {after[0]:.1f} s'
             raise Unusable(f'damaged video: no picture {gap}')
-        # a millisecond, in which Matroska counts, decides nothing
+        # Matroska rounds times to milliseconds
         _, picture, fault = before if due - before[0] <= after[0] - due + 0.001 else after
         if fault:
             raise Unusable(f'damaged video: {fault}')
@@ -340,7 +345,7 @@ def scale(picture: VideoFrame, short_side: int | None) -> VideoFrame:
     import av
     import numpy as np
 
-    if picture.rotation % 360:  # players turn it, and so did the annotators'
+    if picture.rotation % 360:  # players turn it
         turned = np.rot90(picture.to_ndarray(format='rgb24'), picture.rotation // 90)
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(turned), 'rgb24')
     factor = min(1, (short_side or math.inf) / min(picture.width, picture.height))
@@ -372,7 +377,7 @@ def encode(pictures: Iterator[VideoFrame], short_side: int | None) -> bytes:
                 raise Unusable('damaged video: the size of its pictures changes')
             frame.pts, frame.time_base, frame.pict_type = index, Fraction(1, FPS), 0
             clip.mux(stream.encode(frame))
-        clip.mux(stream.encode())
+        clip.mux(stream.encode())  # the last ones
     return content.getvalue()
 
 
@@ -387,7 +392,7 @@ def cut_clip(source: Source, seconds: list[int], args: argparse.Namespace) -> st
         content = encode(nearest(decode(source.path, start), start, end), args.short_side)
     except Unusable as error:
         return str(error)
-    except (av.FFmpegError, OSError, ValueError) as error:  # ValueError: names in no code
+    except (av.FFmpegError, OSError, ValueError) as error:  # ValueError: undecodable names
         words = (getattr(error, 'log', None) or [error])[-1]
         return f'unreadable video: {words}'.strip()
     part = args.work / f'{uuid.uuid4().hex}.mp4'
@@ -433,7 +438,7 @@ class StrictTarInfo(tarfile.TarInfo):
 
 
 def open_archive(name: str) -> tuple:
-    """An archive as a binary file, and what tells it from others of its name: size and time."""
+    """An archive as a binary file, and its [size, time or ETag]."""
     if name == '-':
         return sys.stdin.buffer, []
     import fsspec
@@ -452,10 +457,12 @@ def read_members(file, keyframes: Keyframes, problems: list) -> Iterator[tuple]:
     """
     try:
         stream = io.BufferedReader(Patient(file), 1 << 20)
-        if stream.peek(2)[:2] == b'\x1f\x8b':  # tarfile itself stops after a gzip's first member
-            stream = gzip.open(stream)
+        for magic, decompress in OPENERS.items():
+            if stream.peek(4).startswith(magic):
+                stream = decompress(stream)
+                break
         with tarfile.open(
-            fileobj=stream, mode='r|*', bufsize=1 << 20, tarinfo=StrictTarInfo, ignore_zeros=True
+            fileobj=stream, mode='r|', bufsize=1 << 20, tarinfo=StrictTarInfo, ignore_zeros=True
         ) as tar:
             while member := tar.next():
                 tar.members.clear()  # else memory grows with the archive
@@ -471,7 +478,7 @@ def cut_copy(source: Source, seconds: list[int], args: argparse.Namespace) -> st
     try:
         return cut_clip(source, seconds, args)
     finally:
-        os.unlink(source.path)
+        Path(source.path).unlink(missing_ok=True)  # a cluster may have run this item twice
 
 
 @contextlib.contextmanager
@@ -495,7 +502,7 @@ def workspace(path: Path):
 
 
 def shield() -> None:
-    """Let a worker leave Ctrl-C to its parent, and end with it."""
+    """Make a worker ignore Ctrl-C, which is for its parent, and die with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -503,12 +510,12 @@ def shield() -> None:
 
 @functools.cache
 def connect(address: str) -> tuple[Client, type]:
-    """A client of a Dask scheduler with workers, and the error of an item that killed some."""
+    """A client of a Dask scheduler, and the error of items whose workers died."""
     try:
         from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    logging.disable()  # Dask logs tracebacks of what is told below
+    logging.disable()  # Dask logs tracebacks of what is reported in a line below
     try:
         client = Client(address, timeout=10)
         client.wait_for_workers(1, timeout=30)
@@ -549,8 +556,8 @@ def run_all(
                     yield item, None, 'given up: the workers of the cluster that had it were killed'
     except BrokenProcessPool:
         sys.exit(
-            'error: a worker process was killed, as it happens when memory runs out; use fewer '
-            'with --num_workers, then run the same command again'
+            'error: a worker process was killed, as it happens when memory runs out; run the same '
+            'command again, with fewer workers'
         )
     except CancelledError:
         sys.exit('error: the Dask scheduler went away; run the same command again')
@@ -574,14 +581,14 @@ def cut_all(
 
 
 def look_up(source: Source, folders: list[Path], clip: Path) -> tuple[str | None, bool]:
-    """Where a listed video lies, and whether its clip is there, not older than the video."""
+    """Where a listed video lies, and whether its clip is there and not older than the video."""
     places = (os.path.join(folder, source.path) for folder in folders)
     path = next(filter(os.path.isfile, places), None)
     try:
         made, changed = clip.stat().st_mtime, os.stat(path or clip).st_mtime
     except OSError:
         return path, False
-    return path, made >= changed or changed > time.time()  # a time to come says nothing
+    return path, made >= changed or changed > time.time()  # ignoring times in the future
 
 
 def cut_list(
@@ -596,7 +603,7 @@ def cut_list(
         places = [(source, folders, args.videos / clip) for source, clip in zip(sources, clips)]
         found = threads.starmap(look_up, places, 64)
     for source, seconds, clip, (path, done) in zip(sources, held, clips, found):
-        if not path:
+        if not path and not done:
             missing[clip] = f'file missing: {source.path}'
         elif not done:
             items.append((source._replace(path=path), seconds, args))
@@ -637,12 +644,14 @@ def cut_archives(
             file, version = open_archive(archive)
         except Exception as error:  # remote file systems raise what their libraries do
             problems.append(repr(error))
-        key = [name, digest, *version]  # no version of an archive that was deleted since
+        key = [name, digest, *version]  # an archive that cannot be opened has its name only
         if any(
             entry['archive'][: len(key)] == key
             and all((args.videos / clip).exists() for clip in entry['clips'])
             for entry in noted
         ):
+            if not file:
+                print(f'{archive} cannot be opened; its clips are there already')
             continue
         if file:
             members = read_members(file, keyframes, problems)
@@ -660,7 +669,7 @@ def cut_archives(
 
 
 def note_options(args: argparse.Namespace) -> None:
-    """Note what shapes the clips; ends the run where clips of other options are."""
+    """Note what shapes the clips; exits if there are clips that were made with other options."""
     import av
 
     note = args.reports / 'cut_kinetics_options.json'
@@ -673,18 +682,21 @@ def note_options(args: argparse.Namespace) -> None:
         noted = json.loads(note.read_text())
     except (FileNotFoundError, ValueError):
         noted = {}
-    others = [f'{name}={noted.get(name)}' for name in options if noted.get(name) != options[name]]
-    if others and any(name.endswith('.mp4') for name in os.listdir(args.videos)):
+    others = [
+        f'{name}={noted.get(name, "unknown")}, not {value}'
+        for name, value in options.items()
+        if noted.get(name, 'unknown') != value
+    ]
+    if others and any(args.videos.glob('*.mp4')):
         sys.exit(
-            f'error: the clips in {args.videos} were made with {", ".join(others)}; give the same '
-            f'options, or remove them: rm -r {shlex.quote(str(args.videos))}'
+            f'error: the clips in {args.videos} were made with {"; ".join(others)}; give the same '
+            'options and install the same av, or move these clips away'
         )
-    if others:
-        write(note, json.dumps(options).encode())
+    write(note, json.dumps(options).encode())
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name when it is complete; equal content stays."""
+    """Write a file, which appears when it is complete; nothing changes if the content is equal."""
     part = path.with_suffix('.part')
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_bytes() != content:
@@ -723,11 +735,13 @@ def cut(args: argparse.Namespace) -> None:
             outcomes = cut_list(sources, keyframes, args)
     held, failed = (find_clips(names, keyframes) for names in (os.listdir(args.videos), outcomes))
     wanted = [(video, second) for video, seconds in keyframes.items() for second in seconds]
-    rows = [
-        (*keyframe, outcomes.get(failed.get(keyframe), 'no video holds this second'))
-        for keyframe in wanted
-        if keyframe not in held
-    ]
+    rows = []
+    for keyframe in wanted:
+        reason = outcomes.get(held.get(keyframe, failed.get(keyframe)))
+        if keyframe not in held:
+            rows.append((*keyframe, reason or 'no video that could be read holds this second'))
+        elif reason and not args.kinetics_archives:  # its source is newer, and broken
+            rows.append((*keyframe, f'older clip kept: {reason}'))
     rows += problems + [('', '', f'unreadable archive: {reason}') for reason in unreadable]
     report = args.reports / f'cut_kinetics_{args.split}.csv'
     write_csv(report, [('video_id', 'timestamp', 'reason'), *rows])
@@ -739,11 +753,11 @@ def cut(args: argparse.Namespace) -> None:
         f'for {len(held)} of {len(wanted)} annotated keyframes'
     )
     for reason, count in Counter(row[2].split(':')[0] for row in rows).items():
-        print(f'  {count} left out: {reason}')
+        print(f'  {reason}: {count:,}')
     if rows:
         print(f'  report: {report}')
     if unreadable:
-        sys.exit(f'error: {len(unreadable)} archives cannot be read to their end: {unreadable[0]}')
+        sys.exit(f'error: {len(unreadable)} archives cannot be read to the end: {unreadable[0]}')
     if not held:
         sys.exit('error: not one clip could be cut; the report says why')
 

@@ -46,9 +46,9 @@ MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
 CLIP_NAME = re.compile(r'[A-Za-z0-9_-]{11}_[0-9]{6}_[0-9]{6}')
 MAX_PIXELS = 7680 * 4320  # a header that claims larger pictures would cost gigabytes of memory
-# of libjpeg; the PSNR is 0.4 to 0.5 dB above that of ffmpeg's -q:v 2: benchmarks/README.md
-QUALITY = 92
-BT709, FULL_RANGE = 1, 2  # matrix_coefficients of ITU-T H.273, FFmpeg's AVCOL_RANGE_JPEG
+QUALITY = 92  # of libjpeg; the PSNR is 0.4 to 0.5 dB above that of ffmpeg's -q:v 2
+BT709 = 1  # matrix_coefficients of ITU-T H.273
+FULL_RANGE = 2  # FFmpeg's AVCOL_RANGE_JPEG
 COMPLETE = 'there already'
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 AHEAD = 500  # items that a cluster is given at once
@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=-1,
         metavar='N',
-        help='parallel processes (default: all CPUs)',
+        help='parallel processes (default: -1, all CPUs)',
     )
     parser.add_argument(
         '--dask_scheduler',
@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.num_workers < 1 and args.num_workers != -1:
         sys.exit('error: --num_workers must be 1 or more, or -1 for all CPUs')
-    root = args.avakinetics_root.absolute()
+    root = args.avakinetics_root.expanduser().absolute()
     args.videos, args.frames, args.reports = root / 'videos', root / 'rawframes', root / 'reports'
     args.work = args.frames / '.extract_rgb_frames'
     return args
@@ -102,25 +102,21 @@ def is_complete(clip: str, args: argparse.Namespace) -> bool:
 
 @functools.cache
 def full_range() -> list[np.ndarray]:
-    """Tables for luma, 16 to 235 in video, and chroma, 16 to 240, to the 0 to 255 of JPEG."""
+    """Tables from the range of video, luma 16 to 235 and chroma 16 to 240, to JPEG's 0 to 255."""
     import numpy as np
 
-    levels, tables = np.arange(256), []
-    for middle, scale, base in (16, 255 / 219, 0), (128, 255 / 224, 128), (128, 255 / 224, 128):
-        tables.append(np.clip((levels - middle) * scale + base, 0, 255).round().astype(np.uint8))
-    return tables
+    levels = np.arange(256)
+    luma, chroma = (levels - 16) * 255 / 219, (levels - 128) * 255 / 224 + 128
+    return [np.clip(table, 0, 255).round().astype(np.uint8) for table in (luma, chroma, chroma)]
 
 
 def encode_jpeg(frame: VideoFrame) -> bytes:
-    """A frame as JPEG.
-
-    Only the range of its planes is changed, without going through RGB, which costs more.
-    """
+    """A frame as JPEG; of our own clips only the range of the planes changes, which costs least."""
     import cv2
     import numpy as np
     import simplejpeg
 
-    if frame.format.name != 'yuv420p' or frame.colorspace == BT709:  # of another program
+    if frame.format.name != 'yuv420p' or frame.colorspace == BT709:  # not of Step 3
         frame = frame.reformat(format='yuvj420p', dst_colorspace='ITU601', dst_color_range='JPEG')
     planes = []
     for plane, table in zip(frame.planes, full_range()):
@@ -131,8 +127,9 @@ def encode_jpeg(frame: VideoFrame) -> bytes:
 
 
 def extract_clip(clip: str, args: argparse.Namespace) -> str | None:
-    """Extract a clip's frames into their folder; returns COMPLETE if they are there, None when
-    they were extracted, or why they cannot be.
+    """Extract a clip's frames into their folder.
+
+    Returns None, COMPLETE if they were there already, or why they cannot be extracted.
     """
     import av
 
@@ -145,18 +142,18 @@ def extract_clip(clip: str, args: argparse.Namespace) -> str | None:
     try:
         with av.open(str(args.videos / f'{clip}.mp4'), format='mov') as video:
             stream = video.streams.video[0]
-            stream.thread_type = 'NONE'  # one thread a process beats many
+            stream.thread_type = 'NONE'  # one thread for each process is faster
             stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}
             for count, frame in enumerate(video.decode(stream), 1):
                 if count <= expected:
                     (work / f'img_{count:05d}.jpg').write_bytes(encode_jpeg(frame))
         if count != expected:
-            return f'wrong number of frames: {count} instead of {expected}; cut it again, Step 3'
+            return f'wrong number of frames: {count}, not {expected}; remove it, repeat Step 3'
         if os.path.lexists(args.frames / clip):
             os.replace(args.frames / clip, f'{work}.old')
         os.replace(work, args.frames / clip)
         return None
-    except (av.FFmpegError, IndexError, ValueError) as error:  # no video, impossible pictures
+    except (av.FFmpegError, IndexError, ValueError) as error:  # IndexError: it has no pictures
         return f'unreadable clip: {getattr(error, "strerror", None) or error}'
     finally:
         for folder in work, f'{work}.old':
@@ -184,7 +181,7 @@ def workspace(path: Path):
 
 
 def shield() -> None:
-    """Let a worker leave Ctrl-C to its parent, and end with it."""
+    """Make a worker ignore Ctrl-C, which is for its parent, and die with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -192,12 +189,12 @@ def shield() -> None:
 
 @functools.cache
 def connect(address: str) -> tuple[Client, type]:
-    """A client of a Dask scheduler with workers, and the error of an item that killed some."""
+    """A client of a Dask scheduler, and the error of items whose workers died."""
     try:
         from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    logging.disable()  # Dask logs tracebacks of what is told below
+    logging.disable()  # Dask logs tracebacks of what is reported in a line below
     try:
         client = Client(address, timeout=10)
         client.wait_for_workers(1, timeout=30)
@@ -238,8 +235,8 @@ def run_all(
                     yield item, None, 'given up: the workers of the cluster that had it were killed'
     except BrokenProcessPool:
         sys.exit(
-            'error: a worker process was killed, as it happens when memory runs out; use fewer '
-            'with --num_workers, then run the same command again'
+            'error: a worker process was killed, as it happens when memory runs out; run the same '
+            'command again, with fewer workers'
         )
     except CancelledError:
         sys.exit('error: the Dask scheduler went away; run the same command again')
@@ -283,7 +280,7 @@ def extract(args: argparse.Namespace) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name when it is complete; equal content stays."""
+    """Write a file, which appears when it is complete; nothing changes if the content is equal."""
     part = path.with_suffix('.part')
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_bytes() != content:

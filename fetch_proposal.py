@@ -26,7 +26,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
-import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -49,6 +49,7 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from http.client import HTTPException
 from importlib.machinery import BuiltinImporter, ModuleSpec
+from importlib.metadata import version
 from itertools import islice
 from multiprocessing import active_children, current_process, get_context
 from pathlib import Path
@@ -73,11 +74,12 @@ PERSON = 0  # COCO's class
 LOW_RECALL = 0.6
 CHUNK, CPU_CHUNK = 1024, 64  # frames that a process gets at once, and what a kill loses
 LOADERS = 4  # threads that load frames, in each process
-FIRST_FRAMES = 8  # in which the comparison of a GPU with the CPU looks for people
-# The comparison is of people who score more than CLEAR_SCORE. It accepts shifts of boxes, as a
-# fraction of the frame, and of scores that are ten times what TF32, float16 and bfloat16 cause
+# Before it starts, a GPU is compared with the CPU on one of the first frames: the people who score
+# more than CLEAR_SCORE. Accepted shifts of boxes, as a fraction of the frame, and of scores are ten
+# times those of TF32, float16 and bfloat16
+FIRST_FRAMES = 8
 CLEAR_SCORE, MAX_BOX_SHIFT, MAX_SCORE_SHIFT = 0.6, 0.05, 0.1
-NOTED = 'key', 'file', 'size', 'mtime', 'people'  # of a frame, in the file of detections
+NOTED = 'key', 'file', 'size', 'mtime', 'people'  # in a frame's line of the file of detections
 CLIP_NAME = re.compile(r'[A-Za-z0-9_-]{11}_([0-9]{6})_([0-9]{6})')
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 AHEAD = 500  # items that a cluster is given at once
@@ -206,7 +208,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if not 0 <= args.score_thr < 1:
         sys.exit('error: --score_thr must be at least 0 and below 1')
     # absolute, since a cluster's workers are in other folders
-    root = args.avakinetics_root = args.avakinetics_root.absolute()
+    root = args.avakinetics_root = args.avakinetics_root.expanduser().absolute()
     args.datalist = (args.datalist or root / 'kinetics_train.csv').absolute()
     args.name = args.datalist.stem.removeprefix('kinetics_')
     part = '' if args.name == 'train' else f'_{args.name}'
@@ -217,7 +219,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         (args.config, 'set --config to an mmdetection config'),
     ):
         if not path.is_file():
-            sys.exit(f'error: {path} not found; {wanted}')
+            sys.exit(f'error: {path} is not a file; {wanted}')
     if args.picklepath.is_dir():
         sys.exit(f'error: {args.picklepath} is a folder; set --picklepath to a file')
     return args
@@ -229,7 +231,7 @@ def read_datalist(path: Path) -> tuple[dict[tuple[str, int], set], list[tuple]]:
     A box is x1, y1, x2, y2, relative to the frame.
     """
     keyframes, problems = defaultdict(set), []
-    with open(path, encoding='utf-8-sig', errors='replace', newline='\n') as file:
+    with open(path, encoding='utf-8-sig', errors='replace') as file:
         for number, line in enumerate(file, 1):
             clip, *fields = line.strip().split(',')
             name = CLIP_NAME.fullmatch(clip)
@@ -255,14 +257,15 @@ def key_of(clip: str, second: int) -> str:
 def find_file(root: Path, clip: str, second: int) -> tuple[str, int, int]:
     """The file below ROOT that a frame is read from, its size and modification time.
 
-    A raw frame or, if that is missing, the clip. Whole seconds, as tar keeps them.
+    A raw frame or, if that is missing or older, the clip. Whole seconds, as tar keeps them.
     """
     image = f'rawframes/{clip}/img_{(second - int(clip[-13:-7])) * FPS + 1:05d}.jpg'
+    found = [(image, 0, 0)]
     for file in image, f'videos/{clip}.mp4':
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             state = os.stat(root / file)
-            return file, state.st_size, int(state.st_mtime)
-    return image, 0, 0
+            found.append((file, state.st_size, int(state.st_mtime)))
+    return max(found, key=lambda file: file[2])
 
 
 def plan_frames(keyframes: Iterable[tuple[str, int]], neighbors: int, root: Path) -> list[Frame]:
@@ -291,14 +294,14 @@ def read_frame(root: Path, frame: Frame) -> np.ndarray:
             video = decord.VideoReader(str(root / frame.file), num_threads=1)
             return np.ascontiguousarray(video[frame.index].asnumpy()[..., ::-1])
         except (decord.DECORDError, RuntimeError, IndexError):
-            raise ValueError(f'number {frame.index + 1} of {frame.file}') from None
+            raise ValueError(f'frame {frame.index + 1} of {frame.file} cannot be decoded') from None
     try:
         data = (root / frame.file).read_bytes()
     except OSError as error:
         raise ValueError(f'{error.strerror} {frame.file}') from None
     # OpenCV fills the rest of a truncated JPEG with grey
     if not data.rstrip(b'\0').endswith(b'\xff\xd9'):
-        raise ValueError(f'truncated or no JPEG {frame.file}')
+        raise ValueError(f'not a complete JPEG {frame.file}')
     with contextlib.suppress(cv2.error):  # a header that claims billions of pixels
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
         if image is not None:
@@ -362,9 +365,7 @@ def use_torchvision_operators() -> None:
 
         return operator
 
-    with contextlib.suppress(ImportError):
-        import mmcv._ext  # noqa: F401, of a built mmcv
-
+    if importlib.util.find_spec('mmcv._ext'):  # a built mmcv has all of them
         return
     module = types.ModuleType('mmcv._ext')
     module.__spec__ = ModuleSpec('mmcv._ext', BuiltinImporter)  # mmengine asks whether there is one
@@ -374,8 +375,8 @@ def use_torchvision_operators() -> None:
 
 
 def load_config(path: Path, custom_imports: bool):
-    """The detector's config, after the imports that it asks for, which take seconds, or without."""
-    # mmengine 0.10.7 and mmdet 3.3.0 still import it
+    """The detector's config; its own imports, which take seconds, may be left out."""
+    # mmengine 0.10.7 and mmdet 3.3.0 still import pkg_resources
     warnings.filterwarnings('ignore', message='pkg_resources')
     from mmengine.config import Config
 
@@ -391,19 +392,20 @@ def build_detector(config_path: Path, checkpoint: Path) -> tuple[Module, Callabl
     use_torchvision_operators()
     config = load_config(config_path, True)
     import torch
-    from mmcv.transforms import Compose
-    from mmdet.registry import MODELS
-    from mmdet.utils import get_test_pipeline_cfg, register_all_modules
-    from mmengine.model import revert_sync_batchnorm
     from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-    register_all_modules()
     try:
+        from mmcv.transforms import Compose
+        from mmdet.registry import MODELS
+        from mmdet.utils import get_test_pipeline_cfg, register_all_modules
+        from mmengine.model import revert_sync_batchnorm
+
+        register_all_modules()
         model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
         pipeline = get_test_pipeline_cfg(config)
         pipeline[0].type = 'mmdet.LoadImageFromNDArray'
         pipeline = Compose(pipeline)
-    except Exception as error:  # a config may name any class with any arguments
+    except Exception as error:  # a config may name any class; mmdet refuses other mmcvs
         reason = f'does not build a detector: {first_line(error)}'
         raise DetectorError(f'{config_path} {reason}') from None
     try:
@@ -421,7 +423,7 @@ def build_detector(config_path: Path, checkpoint: Path) -> tuple[Module, Callabl
         differing = missing + unexpected
     except RuntimeError as error:  # tensors of another shape
         differing = re.findall(r'size mismatch for (\S+):', str(error)) or [first_line(error)]
-    # mean and std come from the config; averaged weights (ema_) stand beside the ones that are used
+    # mean and std come from the config; ema_* are averaged copies of the weights
     harmless = re.compile(r'data_preprocessor\.|ema_|.*num_batches_tracked$')
     differing = [name for name in differing if not harmless.match(name)]
     if differing:
@@ -433,12 +435,12 @@ def build_detector(config_path: Path, checkpoint: Path) -> tuple[Module, Callabl
 
 
 def own_device(gpus: int | None) -> str:
-    """The device of this process: each of as many processes as there are GPUs has its own."""
+    """The device of this process: process number k has GPU k modulo the number of GPUs."""
     import torch
 
     if gpus is None:
         gpus = min(1, torch.cuda.device_count())
-    number = re.search(r'SpawnProcess-(\d+)', current_process().name)  # they count on
+    number = re.search(r'SpawnProcess-(\d+)', current_process().name)
     return f'cuda:{int(number[1]) % gpus if number else 0}' if gpus else 'cpu'
 
 
@@ -446,7 +448,7 @@ def predict(model: Module, batch: list[dict], device: str, amp: bool) -> list:
     """The detector's answers to frames of equal size; in parts if memory is short."""
     import torch
 
-    # float16 is the more exact one, but slow on CPUs
+    # float16 is more exact than bfloat16, but slow on CPUs
     kind = device.split(':')[0]
     half = torch.bfloat16 if kind == 'cpu' else torch.float16
     names = 'inputs', 'data_samples'
@@ -469,7 +471,7 @@ def people_of(answer, score_thr: float) -> np.ndarray:
     found = found[(found.labels == PERSON) & (found.scores > score_thr)]
     boxes = np.clip(found.bboxes.double().cpu().numpy() / [width, height, width, height], 0, 1)
     people = np.column_stack([boxes, found.scores.double().cpu().numpy()])
-    # NaN is not less, nor is a box in the padding
+    # without boxes of NaN and boxes in the padding
     return people[(boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])]
 
 
@@ -495,7 +497,7 @@ def start_detector(options: Options) -> tuple[Module, Callable, str]:
     if device == 'cpu':
         return model, pipeline, device
     loaded = load_frames(options.first_frames, options.root, pipeline)
-    first, expected = [data for _, data in loaded if isinstance(data, dict)], None
+    first = [data for _, data in loaded if isinstance(data, dict)]
     try:
         for data in first:
             expected = people_of(predict(model, [data], 'cpu', False)[0], 0)
@@ -554,8 +556,8 @@ def detect(frames: list[Frame], options: Options) -> list[tuple[str, np.ndarray 
             answers = predict(model, [data for _, data in batch], device, options.amp)
         except Exception as error:  # whatever an arbitrary model raises: CUDA errors, wrong shapes
             raise DetectorError(
-                f'the detector failed on {batch[0][0].key}: {first_line(error)}; what is done is '
-                'saved; run the same command again'
+                f'the detector failed on {batch[0][0].key}: {first_line(error)}; run the same '
+                'command again, with a smaller --batch_size if memory is short'
             ) from None
         for (frame, _), answer in zip(batch, answers):
             found.append((frame.key, people_of(answer, options.score_thr)))
@@ -575,7 +577,7 @@ def detect(frames: list[Frame], options: Options) -> list[tuple[str, np.ndarray 
 
 
 def shield() -> None:
-    """Let a worker leave Ctrl-C to its parent, and end with it."""
+    """Make a worker ignore Ctrl-C, which is for its parent, and die with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -583,12 +585,12 @@ def shield() -> None:
 
 @functools.cache
 def connect(address: str) -> tuple[Client, type]:
-    """A client of a Dask scheduler with workers, and the error of an item that killed some."""
+    """A client of a Dask scheduler, and the error of items whose workers died."""
     try:
         from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    logging.disable()  # Dask logs tracebacks of what is told below
+    logging.disable()  # Dask logs tracebacks of what is reported in a line below
     try:
         client = Client(address, timeout=10)
         client.wait_for_workers(1, timeout=30)
@@ -629,8 +631,8 @@ def run_all(
                     yield item, None, 'given up: the workers of the cluster that had it were killed'
     except BrokenProcessPool:
         sys.exit(
-            'error: a worker process was killed, as it happens when memory runs out; use fewer '
-            'with --num_workers, then run the same command again'
+            'error: a worker process was killed, as it happens when memory runs out; run the same '
+            'command again, with fewer workers'
         )
     except CancelledError:
         sys.exit('error: the Dask scheduler went away; run the same command again')
@@ -646,9 +648,8 @@ def read_detections(path: Path, identity: str, score_thr: float) -> dict[tuple, 
     """(key, file, size, modification time) of each frame that this detector was run on -> its
     people (n, 5).
 
-    The file holds JSON lines: one for a detector and its least score, then one for each frame that
-    it was run on, again and again. A line that a kill or a full disk has cut counts for nothing,
-    nor do those up to the next detector's.
+    The file holds JSON lines: each run appends one for its detector and --score_thr, then one for
+    each frame. After a damaged line all is ignored up to the next detector's.
     """
     known, ours = {}, False
     with open(path, encoding='utf-8', errors='replace') as file:
@@ -658,8 +659,8 @@ def read_detections(path: Path, identity: str, score_thr: float) -> dict[tuple, 
                 if 'detector' in noted:
                     ours = noted['detector'] == identity and noted['score_thr'] <= score_thr
                 elif ours:
-                    *version, people = (noted[name] for name in NOTED)
-                    known[tuple(version)] = np.array(people, float).reshape(-1, 5)
+                    *state, people = (noted[name] for name in NOTED)
+                    known[tuple(state)] = np.array(people, float).reshape(-1, 5)
             except (ValueError, TypeError, KeyError):
                 ours = False
     return known
@@ -677,7 +678,7 @@ class Pickler(pickle.Pickler):
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name when it is complete; equal content stays."""
+    """Write a file, which appears when it is complete; nothing changes if the content is equal."""
     part = path.with_suffix('.part')
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_bytes() != content:
@@ -734,9 +735,11 @@ def detect_all(frames: list[Frame], args: argparse.Namespace, checkpoint: Path) 
         import torch
 
         visible = torch.cuda.device_count()
-        gpus = visible if args.num_gpus is None else min(args.num_gpus, visible)
-        if gpus < (1 if args.num_gpus is None else args.num_gpus):
-            print(f'{visible} GPUs are visible to PyTorch' + ': the CPU is used' * (not gpus))
+        gpus = visible if args.num_gpus is None else args.num_gpus
+        if gpus > visible:
+            sys.exit(f'error: {visible} GPUs are visible to PyTorch, not {gpus}; check its build')
+        if args.num_gpus is None and not gpus:
+            print('no GPU is visible to PyTorch: the CPU is used')
     args.num_workers = gpus or 1
     options = Options(
         args.avakinetics_root,
@@ -777,26 +780,28 @@ def fetch(args: argparse.Namespace) -> None:
     root, target = args.avakinetics_root, args.picklepath
     keyframes, problems = read_datalist(args.datalist)
     checkpoint = local_checkpoint(args.checkpoint)
-    settings = json.dumps(load_config(args.config, False).to_dict(), sort_keys=True, default=str)
+    config = load_config(args.config, False)
+    settings = [config.get(name) for name in ('model', 'test_dataloader', 'custom_imports')]
+    settings = json.dumps(settings, sort_keys=True, default=str)
     identity = f'{digest_of(settings.encode())} {digest_of(checkpoint.read_bytes())} {args.amp}'
     frames = {frame.key: frame for frame in plan_frames(keyframes, args.neighbors, root)}
     notes, people, unreadable = target.with_name(f'{target.name}.frames.jsonl'), {}, {}
     known = read_detections(notes, identity, args.score_thr) if notes.exists() else {}
-    for key, (_, _, _, *version) in frames.items():
-        if (key, *version) in known:
-            people[key] = known[key, *version]
+    for key, (_, _, _, *state) in frames.items():
+        if (key, *state) in known:
+            people[key] = known[key, *state]
     left, before = [frame for key, frame in frames.items() if key not in people], len(people)
     if left:
-        with open_notes(notes) as file, tqdm(total=len(left), desc='detect', delay=1) as bar:
+        with open_notes(notes) as file, tqdm(total=len(left), desc='detect') as bar:
             start = json.dumps(dict(detector=identity, score_thr=args.score_thr))
-            file.write(f'\n{start}\n')
+            file.write(f'\n{start}\n')  # on a line of its own after a torn one
             for key, found in detect_all(left, args, checkpoint):
                 bar.update()
                 if isinstance(found, str):
                     unreadable[key] = found
                     continue
-                people[key], (_, _, _, *version) = found, frames[key]
-                file.write(json.dumps(dict(zip(NOTED, (key, *version, found.tolist())))) + '\n')
+                people[key], (_, _, _, *state) = found, frames[key]
+                file.write(json.dumps(dict(zip(NOTED, (key, *state, found.tolist())))) + '\n')
     rows = sorted((*key.rsplit(',', 1), reason) for key, reason in unreadable.items()) + problems
     report = root / f'reports/fetch_proposal_{args.name}.csv'
     write_csv(report, [('video_id', 'timestamp', 'reason'), *rows])
@@ -806,14 +811,19 @@ def fetch(args: argparse.Namespace) -> None:
     proposals = {key: found for key, found in proposals.items() if len(found)}
     content = io.BytesIO()
     Pickler(content, protocol=4).dump(proposals)
-    # a trailer, which unpicklers ignore: Step 7 merges them with no other list
+    # a trailer, which unpicklers ignore: Step 7 refuses a pickle of another list
     content.write(f'\nmade of {digest_of(args.datalist.read_bytes())}\n'.encode())
     write(target, content.getvalue())
 
     count = sum(map(len, proposals.values()))
     print(f'{count} people on {len(proposals)} of {len(frames)} frames in {target}')
     print(f'  {len(people) - before} frames detected now, {before} before')
-    report_recall(root / f'reports/recall_{args.name}.csv', keyframes, proposals)
+    seen = {name: boxes for name, boxes in keyframes.items() if key_of(*name) in people}
+    report_recall(root / f'reports/recall_{args.name}.csv', seen, proposals)
+    used = {name: getattr(args, name) for name in ('checkpoint', 'score_thr', 'neighbors', 'amp')}
+    used |= {name: version(name) for name in ('torch', 'mmdet')}
+    used = json.dumps(used | dict(config=args.config.name))
+    write(root / f'reports/fetch_proposal_{args.name}.json', used.encode())
     bare = sum(key_of(*keyframe) not in proposals for keyframe in keyframes)
     print(
         f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes the '

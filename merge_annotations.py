@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Step 7a: merge the Kinetics part into AVA's annotations.
 
-Reads the csv of Step 5, the pickle of Step 6 and AVA's own annotations in ROOT/annotations, and
-replaces the latter, ava_train_v2.2.csv and ava_dense_proposals_train.FAIR.recall_93.9.pkl, by files
-that hold both parts: rows of Kinetics, then of AVA. AVA's own files are kept beside them as
-*.ava_only.*, so that merging twice equals merging once. With --split val, AVA's validation files
-stay as they are, and ava_kinetics_val_v2.2.csv and ava_kinetics_dense_proposals_val.pkl are
-written. Rows and proposals that could not be used are in ROOT/reports/merge_annotations_train.csv.
+Reads the csv of Step 5, the pickle of Step 6 and AVA's own files in ROOT/annotations. Replaces
+AVA's ava_train_v2.2.csv and ava_dense_proposals_train.FAIR.recall_93.9.pkl by files that hold both
+parts: rows of Kinetics, then of AVA. AVA's own are kept beside them as *.ava_only.*, so that
+merging twice equals merging once. With --split val, AVA's files stay as they are, and
+ava_kinetics_val_v2.2.csv and ava_kinetics_dense_proposals_val.pkl are written beside them. Rows and
+proposals that could not be used are listed in ROOT/reports/merge_annotations_train.csv.
 
     python3 merge_annotations.py --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import contextlib
 import csv
 import fcntl
 import hashlib
@@ -36,7 +35,7 @@ VIDEO = r'[A-Za-z0-9_-]{11}'
 CLIP = rf'{VIDEO}_[0-9]{{6}}_[0-9]{{6}}'
 NUMBER = r'[-+]?(\d+\.?\d*|\.\d+)(e-\d+)?'
 ROW = rf',\d{{1,9}}(,{NUMBER}){{4}},\d{{1,9}},-?\d{{1,9}}'  # second, box, action, entity
-# What a pickle of arrays names: ndarray, dtype, and what NumPy calls since protocols 2 and 5
+# What a pickle of arrays names: types, and the functions that rebuild an array
 ARRAY_PARTS = {
     part.__name__: part
     for part in (
@@ -147,13 +146,14 @@ def trailer_of(path: Path) -> bytes:
 
 
 def check_list(kinetics: Paths) -> None:
-    """End the run if the pickle's trailer says that Step 6 made it for another list."""
+    """Exit if the pickle's trailer says that Step 6 made it of another list."""
     made_of = re.search(rb'\nmade of ([0-9a-f]{64})\n\Z', trailer_of(kinetics.proposals))
     digest = hashlib.sha256(kinetics.rows.read_bytes()).hexdigest()
     if made_of and made_of[1].decode() != digest:
         sys.exit(
-            f'error: {kinetics.proposals} was made for another list than {kinetics.rows}; repeat '
-            f'Step 6: fetch_proposal.py --datalist={kinetics.rows}'
+            f'error: {kinetics.proposals} was made of another list than {kinetics.rows}; repeat '
+            f'Step 6: fetch_proposal.py --avakinetics_root={kinetics.rows.parent} '
+            f'--datalist={kinetics.rows}'
         )
 
 
@@ -170,7 +170,7 @@ def kept_beside(path: Path) -> Path:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name when it is complete; equal content stays."""
+    """Write a file, which appears when it is complete; nothing changes if the content is equal."""
     part = path.with_suffix('.part')
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_bytes() != content:
@@ -186,23 +186,28 @@ def write_csv(path: Path, rows: list[tuple]) -> None:
 
 def merge(kinetics: Paths, ava: Paths, merged: Paths, report: Path, copy_ava: str) -> None:
     """Join both parts, write the merged files and the report, say what came of it."""
-    with contextlib.suppress(OSError):  # some file servers have no locks
-        # a second merge waits until this process ends
-        fcntl.flock(os.open(merged.rows.parent, os.O_RDONLY), fcntl.LOCK_EX)
+    try:  # until this process ends
+        fcntl.flock(os.open(merged.rows.parent, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit('error: another run of this step is at work; wait for it to end')
+    except OSError:  # of some file servers, which have no locks
+        pass
     check_list(kinetics)
-    joined = bool(re.search(f'^{CLIP},'.encode(), ava.rows.read_bytes(), re.M))
-    ended = joined or trailer_of(ava.proposals).endswith(MERGED)
-    own = Paths(own_file(ava.rows, joined, copy_ava), own_file(ava.proposals, ended, copy_ava))
+    rows_merged = bool(re.search(f'^{CLIP},'.encode(), ava.rows.read_bytes(), re.M))
+    merged_before = rows_merged or trailer_of(ava.proposals).endswith(MERGED)
+    own = Paths(
+        own_file(ava.rows, rows_merged, copy_ava), own_file(ava.proposals, merged_before, copy_ava)
+    )
     problems = []
     rows = read_rows(kinetics.rows, CLIP, problems)
     ava_rows = read_rows(own.rows, VIDEO, problems)
     proposals = read_proposals(kinetics.proposals, problems)
     ava_proposals = read_proposals(own.proposals, problems)
     collisions = len(proposals.keys() & ava_proposals.keys())
-    proposals.update(ava_proposals)
+    proposals.update(ava_proposals)  # AVA's win
 
     for path in own:
-        if path in merged:  # about to be replaced
+        if path in merged:  # AVA's own, about to be replaced
             write(kept_beside(path), path.read_bytes())
     write(merged.rows, ''.join(f'{row}\n' for row in rows + ava_rows).encode())
     content = io.BytesIO()
@@ -234,7 +239,8 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
     sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     args = parse_args(argv)
-    root, notes, split = args.avakinetics_root, args.avakinetics_root / 'annotations', args.split
+    root, split = args.avakinetics_root.expanduser().absolute(), args.split
+    notes = root / 'annotations'
     part = '' if split == 'train' else f'_{split}'
     kinetics = Paths(root / f'kinetics_{split}.csv', root / f'kinetics{part}_proposal.pkl')
     name = f'ava_dense_proposals_{split}.FAIR.recall_93.9.pkl'
@@ -253,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         for path, hint in zip([*kinetics, *ava], hints):
             if not path.is_file():
                 sys.exit(f'error: {path} not found; {hint}')
-        if notes.is_symlink():
+        if notes.is_symlink() and split == 'train':
             reason = "merging would change AVA's own files; remove the link, then"
             sys.exit(f'error: {notes} is a link to {notes.resolve()}: {reason} {copy_ava}')
         merge(kinetics, ava, merged, root / f'reports/merge_annotations_{split}.csv', copy_ava)

@@ -4,9 +4,9 @@
 Reads the annotations of AVA-Kinetics (kinetics_train_v1.0.csv) and looks at each clip: at its
 frames in ROOT/rawframes, whoever made them, or at its video in ROOT/videos if frames are missing.
 Writes ROOT/kinetics_train.csv, a row `<clip>,<second>,x1,y1,x2,y2,action_id,-1` for each
-annotation, on the clip in which the keyframe is most centred. What has no complete clip is in
-ROOT/reports/prepare_annotation_train.csv, with the reason. With --split val, all names have val in
-place of train.
+annotation, on the complete clip in which the keyframe is most centred. Keyframes without one are
+listed in ROOT/reports/prepare_annotation_train.csv, with the reason. With --split val, all names
+have val in place of train.
 
     python3 prepare_annotation.py --avakinetics_anotation=./ava_kinetics_v1_0 \\
         --avakinetics_root=$MMACTION2/data/ava_kinetics
@@ -33,7 +33,7 @@ MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
 CLIP_NAME = re.compile(r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})')
 VIDEO_ID = re.compile(r'[A-Za-z0-9_-]{11}')
-NOBODY = 0, 0, 1, 1, 1  # stands for box and action in rows of two columns
+NOBODY = 0, 0, 1, 1, 1  # passes the checks for rows of two columns, which have no box
 
 
 class Clip(NamedTuple):
@@ -75,7 +75,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=16,
         metavar='N',
-        help='threads that look at clips, many for a slow file server (default: %(default)s)',
+        help='threads that look at clips, many for a slow file server; -1: all CPUs (default: '
+        '%(default)s)',
     )
     args = parser.parse_args(argv)
     if args.num_workers < 1 and args.num_workers != -1:
@@ -101,7 +102,7 @@ def read_annotations(path: Path) -> tuple[list[tuple], list[tuple]]:
             except ValueError:
                 valid = False
             if valid and VIDEO_ID.fullmatch(fields[0]):
-                rows.append((fields[0], int(second), numbers))  # MMAction2's name of a keyframe
+                rows.append((fields[0], int(second), numbers))  # as MMAction2 names keyframes
             elif line.strip():
                 problems.append(('', '', f'malformed annotation: line {index}: {line[:80]!r}'))
     return rows, problems
@@ -112,23 +113,32 @@ def frame_names(count: int) -> frozenset[str]:
     return frozenset(f'img_{index:05d}.jpg' for index in range(1, count + 1))
 
 
+def is_older(frame: Path, video: Path) -> bool:
+    """Whether a frame was made of another clip than the one that is there."""
+    return video.exists() and os.stat(frame).st_mtime < os.stat(video).st_mtime
+
+
 def look_at(clip: Clip, root: Path) -> tuple[bool, str]:
-    """Whether a clip has all its frames, and what is wrong if its video is not complete either."""
+    """Whether a clip has all its raw frames, and what is wrong if neither they nor its video are
+    complete.
+    """
     import av
 
-    total, problem = (clip.end - clip.start) * FPS, ''
+    total, problem, video = (clip.end - clip.start) * FPS, '', root / f'videos/{clip.name}.mp4'
     try:
         missing = frame_names(total).difference(os.listdir(root / 'rawframes' / clip.name))
-        if not missing:
+        problem = 'frames older than their clip'
+        if missing:
+            problem = f'frames missing: {len(missing)} of {total}, first {min(missing)}'
+        elif not is_older(root / f'rawframes/{clip.name}/img_00001.jpg', video):
             return True, ''
-        problem = f'frames missing: {len(missing)} of {total}, first {min(missing)}'
     except FileNotFoundError:  # no raw frames
         pass
     except OSError as error:
         problem = f'unreadable clip: {error.strerror}'
     try:
-        with av.open(str(root / f'videos/{clip.name}.mp4'), format='mov') as video:
-            count = sum(packet.size > 0 for packet in video.demux(video=0))
+        with av.open(str(video), format='mov') as packets:
+            count = sum(packet.size > 0 for packet in packets.demux(video=0))
     except (av.FFmpegError, IndexError) as error:
         reason = getattr(error, 'strerror', None) or 'it holds no pictures'
         return False, problem or f'unreadable clip: {reason}'
@@ -152,7 +162,7 @@ def find_clips(root: Path, keyframes: set[tuple]) -> dict[str, list[Clip]]:
 
 
 def choose_clip(second: int, clips: list[Clip], states: dict[Clip, tuple]) -> Clip | None:
-    """The clip that holds a keyframe: a complete one if there is one, then the most centred."""
+    """The best clip that holds a keyframe: complete if there is such, then the most centred one."""
     held = [clip for clip in clips if clip.start <= second < clip.end]
     return min(
         held,
@@ -163,7 +173,7 @@ def choose_clip(second: int, clips: list[Clip], states: dict[Clip, tuple]) -> Cl
 
 def prepare(args: argparse.Namespace) -> None:
     """Look at the clips, write the csv and the report, say what came of it."""
-    root = args.avakinetics_root
+    root = args.avakinetics_root.expanduser()
     annotations = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
     if not annotations.exists():
         sys.exit(f'error: {annotations} not found; do Step 2 or set --avakinetics_anotation')
@@ -211,8 +221,8 @@ def prepare(args: argparse.Namespace) -> None:
     )
     if 0 < by_frames < len(used):
         print(
-            '  training reads either frames or videos of Kinetics: extract the missing frames '
-            '(Step 4) and repeat this step, or train from videos only'
+            '  training reads either frames or videos of Kinetics: extract frames that are missing '
+            'or older than their clip (Step 4) and repeat this step, or train from videos only'
         )
     for reason, count in Counter(row[2].split(':')[0] for row in lost + malformed).items():
         print(f'  {count} left out: {reason}')
@@ -223,7 +233,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name when it is complete; equal content stays."""
+    """Write a file, which appears when it is complete; nothing changes if the content is equal."""
     part = path.with_suffix('.part')
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_bytes() != content:

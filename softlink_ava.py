@@ -1,91 +1,128 @@
 #!/usr/bin/env python3
-"""Step 7b: link AVA's frames into the data set, and say whether the whole is ready for training.
+"""Step 7b: link AVA's frames into the data set, and check that training can run.
 
-Makes ROOT/rawframes/<ava video id> an absolute symbolic link to AVA_ROOT/rawframes/<ava video id>.
-Correct links are kept, broken and wrong ones are repaired, a real folder of that name is left
-alone. Then all that training reads is looked up: the files in ROOT/annotations, and every frame of
-each annotated clip, or its video where there are no raw frames of Kinetics. What is missing is in
-ROOT/reports/softlink_ava.csv. ROOT/report.html shows the whole: numbers, plots, keyframes.
+Links each folder of AVA's frames into ROOT/rawframes. Then looks up every frame that MMAction2's
+loaders can ask for, of the training and the validation lists. What is missing is in
+ROOT/reports/softlink_ava.csv, with the step that mends it. ROOT/report.html shows the verdict, how
+the data set was made, numbers, plots and keyframes.
 
     python3 softlink_ava.py --avakinetics_root=$MMACTION2/data/ava_kinetics \\
         --ava_root=$MMACTION2/data/ava
 """
 
+from __future__ import annotations
+
 import argparse
 import base64
+import codecs
+import csv
+import datetime
 import html
 import io
+import json
 import os
 import pickle
 import re
+import shlex
 import signal
+import string
 import sys
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import TYPE_CHECKING, Iterable, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
-NUMBER = r'[-+]?(\d+\.?\d*|\.\d+)(e-\d+)?'
+AVA_START_S, AVA_END_S = 900, 1800  # of the movies, whose frames are numbered from there on
+# Frames around a keyframe's, at 30 fps, that the configs of AVA-Kinetics sample: 4x16, 8x8, 16x4
+# and 32x2 with their random offsets. MMAction2 clips them to those that there are by the name
+WINDOWS, BEFORE, BEHIND = '4x16, 8x8, 16x4, 32x2', 40, 30
+CLIP_NAME = re.compile(r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})')
+NUMBER = r'[-+]?(?:\d+\.?\d*|\.\d+)(?:e-\d+)?'
 ROW = re.compile(
-    r'[A-Za-z0-9_-]{11}(_\d{6}_\d{6})?,\d{1,9}' + f',{NUMBER}' * 4 + r',\d{1,9},-?\d{1,9}', re.ASCII
+    rf'([A-Za-z0-9_-]{{11}}(?:_[0-9]{{6}}_[0-9]{{6}})?),(\d{{1,9}}),({NUMBER}),({NUMBER}),'
+    rf'({NUMBER}),({NUMBER}),(\d{{1,9}}),-?\d{{1,9}}',
+    re.ASCII,
 )
-# What MMAction2's configs of AVA-Kinetics name in ROOT/annotations, beside the merged rows
-NEEDED = [
-    'ava_action_list_v2.2_for_activitynet_2019.pbtxt',
-    'ava_train_excluded_timestamps_v2.2.csv',
-    'ava_dense_proposals_train.FAIR.recall_93.9.pkl',
-    'ava_val_v2.2.csv',
-    'ava_val_excluded_timestamps_v2.2.csv',
-    'ava_dense_proposals_val.FAIR.recall_93.9.pkl',
-]
-# What a pickle of arrays names, in NumPy 1 and 2 and in protocols 2 to 5
-ARRAY_PARTS = {
-    ('numpy', 'ndarray'),
-    ('numpy', 'dtype'),
-    ('_codecs', 'encode'),
-    *(
-        (f'numpy.{core}.{module}', name)
-        for core in ('core', '_core')
-        for module, name in (('multiarray', '_reconstruct'), ('numeric', '_frombuffer'))
-    ),
-}
 BOX = ['x1', 'y1', 'x2', 'y2']
-COLUMNS = ['clip', 'second', *BOX, 'action', 'entity']
-SHOWN = 30  # keyframes on the page, a third of them those that the proposals miss most
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>AVA-Kinetics</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 75rem; margin: 0 auto; padding: 1rem }}
-h1, h2 {{ line-height: 1.2 }} img {{ width: 100%; height: auto; display: block }} figure {{ margin: 0 }}
-.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem }}
-.wide {{ overflow-x: auto }} table {{ border-collapse: collapse }} td, th {{ padding: .2rem .8rem .2rem 0; text-align: left }}
-tbody th {{ font-weight: normal }} tr {{ border-bottom: 1px solid #ddd }}
-figcaption {{ font-size: .85rem; overflow-wrap: anywhere }}
+COLUMNS = ['clip', 'second', *BOX, 'action']
+RECALL = ['clip', 'second', 'boxes', 'met']  # columns of Step 6's report that are shown
+LABELS = 'ava_action_list_v2.2_for_activitynet_2019.pbtxt'
+NEEDED = LABELS, 'ava_train_excluded_timestamps_v2.2.csv', 'ava_val_excluded_timestamps_v2.2.csv'
+SHOWN = 12  # keyframes of each kind on the page
+WIDTH = 480  # pixels of a keyframe on the page
+GREEN, ORANGE = (60, 220, 60), (0, 140, 255)  # BGR
+STEPS = dict(
+    cut_kinetics='Step 3',
+    extract_rgb_frames='Step 4',
+    prepare_annotation='Step 5',
+    fetch_proposal='Step 6',
+    merge_annotations='Step 7a',
+)
+# What a pickle of arrays names: ndarray, dtype, and what NumPy calls since protocols 2 and 5
+ARRAY_PARTS = {
+    part.__name__: part
+    for part in (
+        np.ndarray,
+        np.dtype,
+        codecs.encode,
+        np.empty(0).__reduce__()[0],
+        np.empty(0).__reduce_ex__(5)[0],
+    )
+}
+PAGE = string.Template("""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>AVA-Kinetics</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 0 auto; padding: 1rem }
+body { overflow-wrap: anywhere }
+h1, h2, h3 { line-height: 1.2 } figure { margin: 0 } figcaption { font-size: .85rem }
+img { width: 100%; height: auto; display: block; background: white }
+.grid { display: grid; gap: 1rem }
+.grid { grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
+table { border-collapse: collapse } td, th { padding: .2rem .6rem .2rem 0; text-align: left }
+tr { border-bottom: 1px solid #8886 }
 </style></head><body>
-<h1>AVA-Kinetics, training part</h1>{numbers}
-<h2>What came in</h2>{came}<h2>What was left out</h2>{reasons}
-<h2>What it is like</h2><div class="grid">{plots}</div>
-<p>Below: annotated boxes with their actions in green, proposals with their scores in orange.</p>{sheet}
-</body></html>
-"""  # noqa: E501
-AVA_START_S = 900  # AVA's frames begin at minute 15 of the movie
-CLIP_NAME = re.compile(r'[A-Za-z0-9_-]{11}_(?P<start>[0-9]{6})_(?P<end>[0-9]{6})')
+<h1>AVA-Kinetics: $verdict</h1><p>$checked</p><ul>$problems</ul>$made$parts</body></html>
+""")
+
+
+class Problem(NamedTuple):
+    """What training would stop at: where, what, and what mends it."""
+
+    name: str
+    reason: str
+    remedy: str
+
+
+class Part(NamedTuple):
+    """A list of annotations with its proposals; split says which part of Kinetics is in it."""
+
+    title: str
+    split: str
+    rows: Path
+    proposals: Path
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Step 7b: link AVA's frames into the data set, and check the whole."
+        description="Step 7b: link AVA's frames into the data set, and check that training can run."
     )
     parser.add_argument(
         '--avakinetics_root',
         type=Path,
         default=MMACTION2 / 'data/ava_kinetics',
         metavar='DIR',
-        help='folder of the data set that is made (default: %(default)s)',
+        help='folder of the data set (default: %(default)s)',
     )
     parser.add_argument(
         '--ava_root',
@@ -94,21 +131,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar='DIR',
         help='folder of the AVA data set; its frames are in rawframes/ (default: %(default)s)',
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.avakinetics_root, args.ava_root = (
+        path.expanduser().absolute() for path in (args.avakinetics_root, args.ava_root)
+    )
+    return args
 
 
 def link_folder(source: Path, link: Path) -> str:
-    """Make `link` point to the folder `source`; return 'linked', 'kept', 'mended' or 'folder', a
-    real one left alone.
-    """
+    """Make `link` point to the folder `source`, unless it is a real folder; says what was done."""
+    outcome = 'linked now'
     if link.is_symlink():
         if os.readlink(link) == str(source):
-            return 'kept'
-        outcome = 'mended'
+            return 'linked already'
+        outcome = 'broken or wrong links mended'
     elif link.exists():
-        return 'folder'
-    else:
-        outcome = 'linked'
+        return 'real folders left alone'
     part = link.with_name(f'.{link.name}.part')
     part.unlink(missing_ok=True)  # of a killed run
     part.symlink_to(source)
@@ -116,99 +154,99 @@ def link_folder(source: Path, link: Path) -> str:
     return outcome
 
 
-def read_annotations(path: Path):
-    """The rows that MMAction2 can read as a DataFrame of COLUMNS, and report rows on the other
-    lines.
-    """
+def link_all(ava: Path, frames: Path) -> None:
+    """Link the folders of all AVA movies, say what was done."""
+    names = [name for name in sorted(os.listdir(ava)) if not name.startswith('.')]
+    movies = [name for name in names if os.path.isdir(ava / name)]
+    if not movies:
+        sys.exit(f'error: {ava} holds no folder of frames; extract the frames of AVA')
+    try:
+        frames.mkdir(exist_ok=True)  # without raw frames of Kinetics, AVA's are the first
+        outcomes = Counter(link_folder(ava / movie, frames / movie) for movie in movies)
+    except OSError as error:
+        reason = f'({error.strerror}); copy {ava} there instead'
+        sys.exit(f'error: no link can be made in {frames} {reason}')
+    said = ', '.join(f'{count} {outcome}' for outcome, count in sorted(outcomes.items()))
+    print(f'{len(movies)} AVA movies in {frames}: {said}')
+
+
+def command(script: str, root: Path) -> str:
+    """A command that can be pasted."""
+    path = Path(__file__).resolve().with_name(script)
+    return f'python3 {shlex.quote(str(path))} --avakinetics_root={shlex.quote(str(root))}'
+
+
+def read_rows(path: Path, problems: list[Problem]) -> pd.DataFrame:
+    """The rows of a list of annotations; lines that MMAction2 cannot read are problems."""
     import pandas as pd
 
-    rows, problems = [','.join(COLUMNS)], []
+    rows = []
     with open(path, errors='replace') as file:
         for number, line in enumerate(file, 1):
-            if ROW.fullmatch(line.strip()):
-                rows.append(line.strip())
+            if match := ROW.fullmatch(line.strip()):
+                rows.append(match.groups())
             else:
-                problems.append(
-                    (f'line {number} of {path.name}', 'malformed row: training stops at it')
-                )
-    return pd.read_csv(io.StringIO('\n'.join(rows)), dtype={'clip': str}), problems
+                where = f'line {number} of {path.name}'
+                problems.append(Problem(where, 'malformed row', 'make the list again'))
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.astype(dict(second=int, action=int) | dict.fromkeys(BOX, float))
 
 
-def is_there(file: str) -> bool:
+def window(second: int) -> range:
+    """The frames of an AVA movie that training can ask for around a keyframe."""
+    keyframe, last = (second - AVA_START_S) * FPS, (AVA_END_S - AVA_START_S) * FPS
+    return range(max(1, keyframe - BEFORE), min(last, keyframe + BEHIND) + 1)
+
+
+def lacking_frames(folder: Path, wanted: Iterable[int], since: float) -> str | None:
+    """Which of the wanted frames are missing, empty or older than a time (s)."""
     try:
-        return os.stat(file).st_size > 0
+        found = {entry.name: entry.stat() for entry in os.scandir(folder)}
     except OSError:
-        return False
+        found = {}
+    frames = {index: found.get(f'img_{index:05d}.jpg') for index in wanted}
+    missing = [index for index, state in frames.items() if not state or not state.st_size]
+    if missing:
+        where = f'{len(missing):,} of {len(frames):,}, first img_{min(missing):05d}.jpg'
+        return f'frames missing or empty: {where}'
+    old = any(state.st_mtime < since for state in frames.values())
+    return 'frames older than their clip' if old else None
 
 
-def missing_frames(folder: Path, seconds: set[int]) -> str | None:
-    """What a folder lacks: of a clip any frame that its name promises, of an AVA video any
-    annotated keyframe.
-    """
-    if not folder.is_dir():
-        return 'folder missing: no frames'
-    name = CLIP_NAME.fullmatch(folder.name)
-    wanted = (
-        range(1, (int(name['end']) - int(name['start'])) * FPS + 1)
-        if name
-        else [(second - AVA_START_S) * FPS + 1 for second in sorted(seconds)]
-    )
-    missing = [index for index in wanted if not is_there(f'{folder}/img_{index:05d}.jpg')]
-    return (
-        f'frames missing or empty: {len(missing)} of {len(wanted)}, first img_{missing[0]:05d}.jpg'
-        if missing
-        else None
-    )
-
-
-def missing_in_video(video: Path) -> str | None:
-    """What a clip lacks of the frames that its name promises, as decord counts them."""
+def look_at_clip(name: str, raw: bool, root: Path) -> Problem | None:
+    """What a clip lacks: as frames, or as a video as decord counts its frames."""
     import decord
 
+    video, total = root / f'videos/{name}.mp4', (int(name[-6:]) - int(name[-13:-7])) * FPS
+    if raw:
+        since = video.stat().st_mtime if video.exists() else 0
+        reason = lacking_frames(root / 'rawframes' / name, range(1, total + 1), since)
+        remedy = f'repeat Step 4: {command("extract_rgb_frames.py", root)}'
+        return reason and Problem(name, reason, remedy)
     decord.logging.set_level(decord.logging.QUIET)
-    if not video.is_file():
-        return 'clip missing: no video'
-    total = (int(video.stem[-6:]) - int(video.stem[-13:-7])) * FPS
     try:
-        count = len(decord.VideoReader(str(video), num_threads=1))
+        count = len(decord.VideoReader(str(video), num_threads=1)) if video.is_file() else 0
     except (decord.DECORDError, RuntimeError):
-        return 'unreadable clip: decord cannot open it'
-    return None if count == total else f'wrong number of frames: {count} instead of {total}'
-
-
-def missing_files(root: Path, kinetics: bool) -> list[tuple]:
-    """Report rows on what training reads beside frames and videos."""
-    merged, rows = root / 'annotations/ava_train_v2.2.csv', []
-    own = root / 'kinetics_train.csv'
-    if not kinetics:
-        rows.append((merged.name, 'no Kinetics row: do Step 7 (merge_annotations.py)'))
-    if not own.is_file():
-        rows.append((own.name, 'file missing: do Step 5 (prepare_annotation.py)'))
-    elif own.stat().st_mtime > merged.stat().st_mtime:
-        rows.append(
-            (
-                merged.name,
-                'older than kinetics_train.csv: merge again, Step 7 (merge_annotations.py)',
-            )
-        )
-    return rows + [
-        (name, "file missing: copy it from AVA's annotation folder")
-        for name in NEEDED
-        if not (root / 'annotations' / name).is_file()
-    ]
+        count = 0
+    reason = f'clip missing or broken: {count} of {total} frames'
+    remedy = 'remove it and repeat Step 3 (cut_kinetics.py)'
+    return Problem(name, reason, remedy) if count != total else None
 
 
 class Unpickler(pickle.Unpickler):
-    """Reads arrays alone: a pickle could run code."""
+    """Reads arrays and plain Python values only: a pickle that names more could run code.
+
+    NumPy 1 and 2 keep the same functions in modules of different names.
+    """
 
     def find_class(self, module, name):
-        if (module, name) not in ARRAY_PARTS:
+        if module.split('.')[0] not in ('numpy', '_codecs') or name not in ARRAY_PARTS:
             raise pickle.UnpicklingError(f'it names {module}.{name}')
-        return super().find_class(module, name)
+        return ARRAY_PARTS[name]
 
 
-def read_proposals(path: Path) -> dict | None:
-    """The merged proposals, key '<video_id>,<second:04d>' -> (n, 5), if they can be read."""
+def read_proposals(path: Path) -> dict[str, np.ndarray] | None:
+    """The proposals of a pickle, key '<video id>,<second:04d>' -> (n, 5), if they can be read."""
     try:
         with open(path, 'rb') as file:
             return dict(Unpickler(file).load())
@@ -216,411 +254,310 @@ def read_proposals(path: Path) -> dict | None:
         return None
 
 
-def link_all(videos: list[str], ava: Path, root: Path) -> None:
-    """Link the folders of all AVA videos, say what was done."""
-    outcomes = {}
-    try:
-        for video in videos:
-            outcomes.setdefault(link_folder(ava / video, root / 'rawframes' / video), []).append(
-                video
-            )
-    except OSError as error:
-        sys.exit(
-            f'error: no link can be made in {root / "rawframes"} ({error.strerror}); copy '
-            f'{ava} there instead'
-        )
-    words = dict(
-        linked='linked now',
-        kept='linked already',
-        mended='broken or wrong links mended',
-        folder='real folders left alone',
-    )
-    print(
-        f'{len(videos)} AVA videos in {root / "rawframes"}: '
-        + ', '.join(f'{len(names)} {words[outcome]}' for outcome, names in sorted(outcomes.items()))
-    )
+def find_parts(root: Path) -> list[Part]:
+    """Training, AVA's validation and, if it was prepared, the Kinetics validation part."""
+    notes, ava = root / 'annotations', 'ava_dense_proposals_{}.FAIR.recall_93.9.pkl'
+    merged = notes / 'ava_kinetics_val_v2.2.csv'
+    parts = [
+        Part('Training', 'train', notes / 'ava_train_v2.2.csv', notes / ava.format('train')),
+        Part('AVA validation', '', notes / 'ava_val_v2.2.csv', notes / ava.format('val')),
+    ]
+    if merged.exists():
+        proposals = notes / 'ava_kinetics_dense_proposals_val.pkl'
+        parts.append(Part('Validation on AVA and Kinetics', 'val', merged, proposals))
+    elif (root / 'kinetics_val.csv').exists():
+        own = root / 'kinetics_val.csv', root / 'kinetics_val_proposal.pkl'
+        parts.append(Part('Kinetics validation', 'val', *own))
+    return parts
 
 
-def key_of(clip: str, second: int) -> str:
-    """What a keyframe is called in the pickle."""
-    return f'{clip[:11]},{second:04d}'
+def look_at_files(part: Part, root: Path, problems: list[Problem]) -> tuple[pd.DataFrame, dict]:
+    """The rows and the proposals of a part, after a look at its files."""
+    copy = "copy it from AVA's annotation folder"
+    if not part.rows.exists():
+        problems.append(Problem(part.rows.name, 'file missing', copy))
+        return read_rows(Path(os.devnull), problems), {}
+    table, proposals = read_rows(part.rows, problems), read_proposals(part.proposals)
+    if not part.split:
+        return table, proposals or {}
+    merge = f'do Step 7a: {command("merge_annotations.py", root)} --split={part.split}'
+    kinetics = table[table['clip'].str.len() > 11].reset_index(drop=True)
+    own = root / f'kinetics_{part.split}.csv'
+    if not own.exists():
+        problems.append(Problem(own.name, 'file missing', 'do Step 5 (prepare_annotation.py)'))
+    elif not len(kinetics) or not kinetics.equals(read_rows(own, [])):
+        problems.append(Problem(part.rows.name, f'other Kinetics rows than {own.name}', merge))
+    if proposals is None:
+        problems.append(Problem(part.proposals.name, 'unreadable proposals', merge))
+    return table, proposals or {}
 
 
-def best_overlaps(boxes, proposals: dict[str, np.ndarray]) -> np.ndarray:
-    """The IoU of every annotated box (columns clip, second, x1, y1, x2, y2) with the best proposal
-    of its keyframe, or 0.
+def look_at_all(tables: list[pd.DataFrame], root: Path) -> dict[str, Problem]:
+    """What clips and movies lack, by name.
+
+    Training reads the clips of a list either all as frames or all as videos: as frames if one of
+    them has some.
     """
-    best, corners = np.zeros(len(boxes)), boxes[['x1', 'y1', 'x2', 'y2']].to_numpy()
-    for (clip, second), rows in boxes.groupby(['clip', 'second']).indices.items():
-        found = proposals.get(key_of(clip, second))
-        if found is not None and len(found):
-            ours, theirs = corners[rows, None], found[None, :, :4]
-            sides = np.minimum(ours[..., 2:], theirs[..., 2:]) - np.maximum(
-                ours[..., :2], theirs[..., :2]
-            )
-            both = sides.clip(0).prod(-1)
-            areas = (ours[..., 2:] - ours[..., :2]).prod(-1) + (
-                theirs[..., 2:] - theirs[..., :2]
-            ).prod(-1)
-            best[rows] = (both / (areas - both)).max(axis=1)
-    return best
+    seconds, raw = defaultdict(set), set()
+    for table in tables:
+        names = table.groupby('clip').second.agg(set).to_dict()
+        clips = {name for name in names if CLIP_NAME.fullmatch(name)}
+        if any((root / 'rawframes' / clip).is_dir() for clip in clips):
+            raw |= clips
+        for name, found in names.items():
+            seconds[name] |= found
+
+    def look(name: str) -> Problem | None:
+        if CLIP_NAME.fullmatch(name):
+            return look_at_clip(name, name in raw, root)
+        wanted = {index for second in seconds[name] for index in window(second)}
+        reason = lacking_frames(root / 'rawframes' / name, wanted, 0)
+        return reason and Problem(f'AVA {name}', reason, "extract AVA's frames again")
+
+    with ThreadPool(16) as threads:  # a slow file server answers them together
+        answers = threads.imap(look, seconds, 16)
+        answers = tqdm(answers, 'check', len(seconds), unit='clip', delay=1)
+        return {name: problem for name, problem in zip(seconds, answers) if problem}
 
 
-def read_keyframe(root: Path, name: str, second: int):
-    """The picture of a keyframe as RGB uint8 (H, W, 3), from the raw frames or the video; None
-    where it cannot be read.
-    """
+def tell(problems: Iterable[Problem]) -> list[str]:
+    """A line for each kind of problem: how much it concerns, an example, what mends it."""
+    kinds = defaultdict(list)
+    for problem in problems:
+        kinds[problem.reason.split(':')[0], problem.remedy].append(problem)
+    return [
+        f'{len(found):,} with {kind}, such as {found[0].name}: {found[0].reason}; {remedy}'
+        for (kind, remedy), found in kinds.items()
+    ]
+
+
+def data_url(content: bytes, media: str) -> str:
+    return f'data:image/{media};base64,{base64.b64encode(content).decode()}'
+
+
+def read_keyframe(root: Path, name: str, second: int) -> np.ndarray | None:
+    """The picture of a keyframe as BGR uint8 (H, W, 3), from the raw frames or the video."""
     import cv2
 
-    index = (second - (int(name[12:18]) if CLIP_NAME.fullmatch(name) else AVA_START_S)) * FPS
-    frame, image = root / f'rawframes/{name}/img_{index + 1:05d}.jpg', None
+    clip = CLIP_NAME.fullmatch(name)
+    index = (second - (int(clip[2]) if clip else AVA_START_S)) * FPS
+    frame = root / f'rawframes/{name}/img_{index + 1:05d}.jpg'
     if os.path.isfile(frame):  # and its folder may be entered
-        image = cv2.imread(str(frame))
-    if image is None and (root / f'videos/{name}.mp4').is_file():
-        video = cv2.VideoCapture(str(root / f'videos/{name}.mp4'))
-        video.set(cv2.CAP_PROP_POS_FRAMES, index)
-        image = video.read()[1]
-    return None if image is None else image[..., ::-1]
+        return cv2.imread(str(frame))
+    video = cv2.VideoCapture(str(root / f'videos/{name}.mp4'))
+    video.set(cv2.CAP_PROP_POS_FRAMES, index)
+    return video.read()[1]
 
 
-def data_url(figure, kind: str) -> str:
-    """A matplotlib figure as a data URL, the same for the same figure."""
+def draw_keyframe(image: np.ndarray, boxes: list, people: np.ndarray) -> str:
+    """A keyframe as the address of a JPEG: numbered boxes in green, proposals in orange."""
+    import cv2
+
+    size = WIDTH, round(image.shape[0] * WIDTH / image.shape[1])
+    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    for colour, thickness, found in (ORANGE, 5, people), (GREEN, 2, boxes):
+        for number, box in enumerate(found, 1):
+            x1, y1, x2, y2 = (np.clip(box[:4], 0, 1) * [*size, *size]).astype(int).tolist()
+            cv2.rectangle(image, (x1, y1), (x2, y2), colour, thickness)
+            if colour == GREEN:  # at the feet, inside the picture
+                place = min(x1 + 4, WIDTH - 24), max(y2 - 6, 16)
+                cv2.putText(image, str(number), place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, colour, 2)
+    return data_url(cv2.imencode('.jpg', image)[1].tobytes(), 'jpeg')
+
+
+def draw_sheet(
+    chosen: pd.DataFrame, table: pd.DataFrame, proposals: dict, root: Path, actions: dict[int, str]
+) -> str:
+    """Keyframes (clip, second) as HTML, each with its actions below."""
+    figures = ''
+    for clip, second in zip(chosen['clip'], chosen.second):
+        people = table[(table['clip'] == clip) & (table.second == second)].groupby(BOX).action
+        caption = f'{clip}, second {second}'
+        for number, (_, done) in enumerate(people, 1):
+            caption += f'; {number}: {", ".join(actions.get(action, "?") for action in done)}'
+        picture, image = '<p>cannot be read</p>', read_keyframe(root, clip, second)
+        if image is not None:
+            found = proposals.get(f'{clip[:11]},{second:04d}', ())
+            picture = f'<img alt="" src="{draw_keyframe(image, list(people.groups), found)}">'
+        figures += f'<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>'
+    return f'<div class="grid">{figures}</div>'
+
+
+def draw_bars(counts: pd.DataFrame, title: str, x_label: str, y_label: str, **options) -> str:
+    """Counts as bars, one series for each source, as HTML."""
     import matplotlib
-
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({'svg.hashsalt': 'page', 'savefig.dpi': 100}):
-        figure.savefig(
-            buffer, format=kind, **(dict(metadata={'Date': None}) if kind == 'svg' else {})
-        )
-    media = dict(svg='svg+xml', jpg='jpeg')[kind]
-    return f'data:image/{media};base64,{base64.b64encode(buffer.getvalue()).decode()}'
-
-
-def draw_keyframe(image, rows, found, actions: dict[int, str]) -> str:
-    """A keyframe with the annotated boxes and their actions in green and the proposals in orange,
-    as a picture's address.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    height, width = image.shape[:2]
-    figure = Figure(figsize=(4.8, 4.8 * height / width))
-    axes = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[], yticks=[])
-    axes.imshow(image, aspect='auto')
-
-    def draw(box, label, colour, line_width, below):
-        x1, y1, x2, y2 = np.clip(box, 0, 1) * [width, height, width, height]
-        axes.add_patch(
-            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=line_width)
-        )
-        axes.text(
-            x1,
-            y2 if below else y1,
-            label,
-            fontsize=7,
-            color=colour,
-            va='bottom' if below else 'top',
-            clip_on=True,
-            bbox=dict(facecolor='black', alpha=0.6, linewidth=0, pad=0.5),
-        )
-
-    for box in found:
-        draw(box[:4], f'{box[4]:.2f}' if len(box) > 4 else '', 'orange', 2.5, True)
-    for box, people in rows.groupby(BOX):
-        draw(
-            box,
-            '\n'.join(actions.get(action, str(action)) for action in people.action),
-            'lime',
-            1,
-            False,
-        )
-    return data_url(figure, 'jpg')
-
-
-def draw_bars(title: str, table, **options) -> str:
-    """A DataFrame as bars, one series for each column, as a picture's address."""
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(5, 0.6 + 0.19 * len(table)) if options.get('kind') == 'barh' else (5, 2.8),
-        layout='constrained',
-    )
-    axes = table.plot(
-        ax=figure.add_subplot(),
-        **dict(kind='bar', width=0.8, rot=30, fontsize=8, legend=False) | options,
-    )
-    axes.set(xlabel='', ylabel='')
-    axes.set_title(title, fontsize=10)
-    if table.shape[1] > 1:
-        figure.legend(loc='outside lower center', ncols=table.shape[1], fontsize=8)
-    return data_url(figure, 'svg')
+    size = (5, 1 + 0.19 * len(counts)) if 'kind' in options else (5, 3)
+    figure, content = Figure(figsize=size, layout='constrained'), io.BytesIO()
+    options = dict(kind='bar', width=0.8, rot=0, fontsize=8) | options
+    axes = counts.plot(ax=figure.add_subplot(), **options)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    with matplotlib.rc_context({'svg.hashsalt': 'page'}):  # the same for the same counts
+        figure.savefig(content, format='svg', metadata={'Date': None})
+    return f'<figure><img alt="" src="{data_url(content.getvalue(), "svg+xml")}"></figure>'
 
 
-def draw_plots(root: Path, table, boxes, keyframes, actions: dict[int, str]) -> list[str]:
-    """Plots of boxes, people, clips and actions, as pictures' addresses."""
+def draw_plots(boxes: pd.DataFrame, keyframes: pd.DataFrame, table: pd.DataFrame) -> str:
+    """Plots of boxes, people, clips and actions by source, as HTML."""
+    from pandas import crosstab
+
+    heights = ((boxes.y2 - boxes.y1) * 5).astype(int).clip(0, 4) / 5
+    people = keyframes.boxes.clip(upper=6)
+    clips = keyframes[keyframes.source == 'Kinetics'].drop_duplicates('clip')
+    lengths = clips['clip'].str[-6:].astype(int) - clips['clip'].str[-13:-7].astype(int)
+    actions = crosstab(table.action_name, table.source)
+    actions = actions.loc[actions.sum(axis=1).sort_values().index]
+    figures = draw_bars(
+        crosstab(heights, boxes.source),
+        'Height of the boxes',
+        'of the frame, rounded down',
+        'boxes',
+    )
+    figures += draw_bars(
+        crosstab(people, keyframes.source), 'People', 'on a keyframe; 6: or more', 'keyframes'
+    )
+    if len(clips):
+        lengths = crosstab(lengths, clips.source)
+        figures += draw_bars(lengths, 'Length of the clips', 'seconds', 'clips')
+    figures += draw_bars(actions, 'Actions', 'annotations', '', kind='barh', logx='sym')
+    return f'<div class="grid">{figures}</div>'
+
+
+def count_reasons(reports: Path, split: str) -> list[tuple]:
+    """What the reports say: step, reason and how often. A keyframe counts at its first step."""
+    counts, seen = Counter(), set()
+    for script, step in STEPS.items():
+        path = reports / f'{script}{"" if step == "Step 4" else f"_{split}"}.csv'
+        with open(path if path.exists() else os.devnull, newline='', errors='replace') as file:
+            for *item, reason in list(csv.reader(file))[1:]:
+                counts[step, reason.split(':')[0]] += tuple(item) not in seen
+                seen |= {tuple(item)} if any(item[1:]) else set()
+    return [(*reason, count) for reason, count in counts.items() if count]
+
+
+def show_part(part: Part, table: pd.DataFrame, proposals: dict, root: Path) -> str:
+    """A part as HTML: numbers, what was left out, plots, and keyframes, the worst first."""
     import pandas as pd
 
-    def count(values, rows, **options):  # a column each for AVA, Kinetics and both
-        return pd.crosstab(
-            values, rows.part, margins=True, margins_name='both', dropna=False, **options
+    labels, path = root / 'annotations' / LABELS, root / f'reports/recall_{part.split}.csv'
+    text = labels.read_text(errors='replace') if labels.exists() else ''
+    actions = re.findall(r'name: "(.*)"\s+(?:label_)?id: (\d+)', text)
+    actions = {int(number): name for name, number in actions}
+    table = table.assign(
+        source=np.where(table['clip'].str.len() > 11, 'Kinetics', 'AVA'),
+        action_name=[f'{actions.get(number, "")} {number}' for number in table.action],
+    )
+    boxes = table.drop_duplicates(['clip', 'second', *BOX])
+    keyframes = boxes.groupby(['clip', 'second', 'source']).size().reset_index(name='boxes')
+    names = zip(keyframes['clip'], keyframes.second)
+    found = [len(proposals.get(f'{clip[:11]},{second:04d}', ())) for clip, second in names]
+    keyframes = keyframes.assign(proposals=found, bare=np.array(found) == 0)
+    numbers = (
+        keyframes.groupby('source')
+        .agg(
+            clips=('clip', 'nunique'),
+            keyframes=('clip', 'size'),
+            boxes=('boxes', 'sum'),
+            proposals=('proposals', 'sum'),
+            without_a_proposal=('bare', 'sum'),
         )
-
-    heights = pd.cut(
-        boxes.y2 - boxes.y1,
-        [0, 0.2, 0.4, 0.6, 0.8, np.inf],
-        right=False,
-        labels=['below 0.2', '0.2 to 0.4', '0.4 to 0.6', '0.6 to 0.8', '0.8 or more'],
+        .assign(annotations=table.groupby('source').size())
+        .T
     )
-    people = keyframes.boxes.astype(str).where(keyframes.boxes < 5, '5 or more')
-    names = table.action.map(lambda number: f'{actions.get(number, "")} {number}'.strip())
-    clips = keyframes.loc[keyframes.part == 'Kinetics', 'clip'].drop_duplicates()
-    lengths = (
-        (clips.str[-6:].astype(int) - clips.str[-13:-7].astype(int)).value_counts().sort_index()
-    )
-    images = [
-        read_keyframe(root, clip, int(clip[12:18])) for clip in clips[:: max(1, len(clips) // 200)]
-    ]
-    sizes = pd.Series(
-        [f'{image.shape[1]}x{image.shape[0]}' for image in images if image is not None], dtype=str
-    ).value_counts()
-    frequencies = count(names, table).drop('both').sort_values('both')
-    plots = [
-        (
-            'Height of the boxes, of the frame: share of the boxes',
-            count(heights, boxes, normalize='columns'),
-            {},
-        ),
-        (
-            'People on a keyframe: share of the keyframes',
-            count(people, keyframes, normalize='columns'),
-            {},
-        ),
-        ('Length of the Kinetics clips, s', lengths.to_frame(), {}),
-        (f'Size of the Kinetics clips, of {sizes.sum()} of them', sizes[:8].to_frame(), {}),
-        ('Annotations by action', frequencies, dict(kind='barh', logx='sym', rot=0)),
-    ]
-    return [draw_bars(title, rows, **options) for title, rows, options in plots if len(rows)]
-
-
-def draw_sheet(root: Path, table, keyframes, proposals: dict, actions: dict[int, str]) -> str:
-    """Keyframes as HTML: those that the proposals miss most, and others evenly chosen."""
-    worst = keyframes[keyframes.worst < 0.5].nsmallest(SHOWN // 3, 'worst')
-    places = np.unique(np.linspace(0, len(keyframes) - 1, SHOWN - len(worst)).astype(int))
-    sheet = ''
+    numbers = numbers.assign(both=numbers.sum(axis=1)).to_html(border=0)
+    content = f'<h2>{part.title}</h2>{numbers}'
+    recall = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=RECALL)
+    if len(recall):
+        share = recall.met.sum() / recall.boxes.sum()
+        content += f'<p>Proposals match {share:.1%} of the boxes of Kinetics at IoU 0.5.</p>'
+    if reasons := count_reasons(root / 'reports', part.split):
+        reasons = pd.DataFrame(reasons, columns=['step', 'left out because', 'count'])
+        content += reasons.to_html(border=0, index=False)
+    content += draw_plots(boxes, keyframes, table)
+    places = np.unique(np.linspace(0, len(keyframes) - 1, SHOWN).astype(int))
     for title, chosen in (
-        ('Boxes that no proposal meets', worst),
-        ('Keyframes, evenly chosen', keyframes.iloc[places]),
+        ('Boxes that proposals miss, the worst first', recall[recall.met < recall.boxes][:SHOWN]),
+        ('Keyframes: annotated boxes in green, proposals in orange', keyframes.iloc[places]),
     ):
-        sheet += f'<h2>{title}</h2><div class="grid">' + ('' if len(chosen) else '<p>None.</p>')
-        for clip, second in zip(chosen['clip'], chosen.second):
-            image = read_keyframe(root, clip, second)
-            rows = table[(table['clip'] == clip) & (table.second == second)]
-            found = proposals.get(key_of(clip, second), ())
-            picture = (
-                '<p>This keyframe cannot be read.</p>'
-                if image is None
-                else f'<img alt="" src="{draw_keyframe(image, rows, found, actions)}">'
+        if len(chosen):
+            sheet = draw_sheet(chosen, table, proposals, root, actions)
+            content += f'<h3>{title}</h3>{sheet}'
+    return content
+
+
+def show_making(reports: Path) -> str:
+    """How the data set was made, as HTML."""
+    content = ''
+    for name in 'cut_kinetics_options', 'fetch_proposal_train', 'fetch_proposal_val':
+        path = reports / f'{name}.json'
+        if path.exists():
+            noted = ', '.join(
+                f'{key} {value}' for key, value in json.loads(path.read_text()).items()
             )
-            sheet += (
-                f'<figure>{picture}<figcaption>{html.escape(clip)}, second '
-                f'{second}</figcaption></figure>'
-            )
-        sheet += '</div>'
-    return sheet
+            content += f'<li>{html.escape(f"{name}: {noted}")}</li>'
+    return f'<h2>How it was made</h2><ul>{content}</ul>'
 
 
-def count_reasons(reports: Path):
-    """What the reports of the training part say, as a DataFrame: step, reason and how often."""
-    import pandas as pd
-
-    counts = [pd.DataFrame([], columns=['step', 'left out because', 'count'])]
-    for report in sorted(path for path in reports.glob('*.csv') if not path.stem.endswith('_val')):
-        rows = pd.read_csv(report, dtype=str, encoding_errors='replace')
-        if 'reason' in rows:
-            reasons = rows.reason.str.split(':').str[0].value_counts()
-            counts.append(
-                pd.DataFrame(
-                    {
-                        'step': report.stem,
-                        'left out because': reasons.index,
-                        'count': reasons.to_numpy(),
-                    }
-                )
-            )
-    return pd.concat(counts)
+def write(path: Path, content: bytes) -> None:
+    """Write a file, which appears when it is complete; nothing changes if the content is equal."""
+    part = path.with_suffix('.part')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_bytes() != content:
+        part.write_bytes(content)
+        os.replace(part, path)
 
 
-def describe(table, boxes, keyframes):
-    """The numbers of AVA, of Kinetics and of both, as a DataFrame of text."""
-    import pandas as pd
-
-    rows, each, frames = (
-        pd.concat([part, part.assign(part='both')]).groupby('part')
-        for part in (table, boxes, keyframes)
-    )
-    return pd.DataFrame(
-        {
-            'clips or movies': frames['clip'].nunique().map('{:,}'.format),
-            'keyframes': frames.size().map('{:,}'.format),
-            'boxes': each.size().map('{:,}'.format),
-            'annotations': rows.size().map('{:,}'.format),
-            'boxes a keyframe': (each.size() / frames.size()).map('{:.2f}'.format),
-            'proposals a keyframe': frames.proposals.mean().map('{:.2f}'.format),
-            'keyframes without a proposal': frames.bare.sum().map('{:,}'.format),
-            'recall at IoU 0.5': each.met.mean().map('{:.1%}'.format),
-            'recall at IoU 0.75': each.met_well.mean().map('{:.1%}'.format),
-        }
-    ).T
-
-
-def list_names(folder: Path) -> list[str]:
-    return os.listdir(folder) if folder.is_dir() else []
-
-
-def write_page(root: Path, table, proposals: dict) -> None:
-    """Write ROOT/report.html: what came in, what was left out, what the data set is like, and
-    keyframes to look at.
-    """
-    import pandas as pd
-
-    labels = root / 'annotations' / NEEDED[0]
-    text = labels.read_text(errors='replace') if labels.is_file() else ''
-    actions = {
-        int(number): name
-        for name, number in re.findall(r'name: "(.*)"\s+(?:label_)?id: (\d+)', text)
-    }
-    table = table.assign(part=np.where(table['clip'].str.len() > 11, 'Kinetics', 'AVA'))
-    boxes = table.drop_duplicates(['clip', 'second', *BOX], ignore_index=True)
-    boxes['best'] = best_overlaps(boxes, proposals)
-    boxes = boxes.assign(met=boxes.best >= 0.5, met_well=boxes.best >= 0.75)
-    keyframes = (
-        boxes.groupby(['clip', 'second', 'part']).best.agg(boxes='size', worst='min').reset_index()
-    )
-    keyframes['proposals'] = [
-        len(proposals.get(key_of(clip, second), ()))
-        for clip, second in zip(keyframes['clip'], keyframes.second)
-    ]
-    keyframes['bare'] = keyframes.proposals == 0
-    came = {
-        'clips in videos/': sum(name.endswith('.mp4') for name in list_names(root / 'videos')),
-        'clips with raw frames': sum(
-            bool(CLIP_NAME.fullmatch(name)) for name in list_names(root / 'rawframes')
-        ),
-        'frames with proposals': len(proposals),
-    }
-    numbers = describe(table, boxes, keyframes)
-    tables = dict(
-        numbers=numbers,
-        came=pd.DataFrame({'count': came}),
-        reasons=count_reasons(root / 'reports').set_index('step'),
-    )
-    page = root / 'report.html'
-    unfinished = page.with_name(f'.{page.name}.part')
-    unfinished.write_text(
-        PAGE.format(
-            **{
-                name: f'<div class="wide">{rows.to_html(border=0, index_names=False)}</div>'
-                for name, rows in tables.items()
-            },
-            plots=''.join(
-                f'<figure><img alt="" src="{plot}"></figure>'
-                for plot in draw_plots(root, table, boxes, keyframes, actions)
-            ),
-            sheet=draw_sheet(root, table, keyframes, proposals, actions),
-        ),
-        errors='replace',
-    )
-    os.replace(unfinished, page)
-    for part, said in numbers.items():
-        print(
-            f'  recall of {part}: proposals meet {said["recall at IoU 0.5"]} of '
-            f'{said["boxes"]} annotated boxes at IoU 0.5, '
-            f'{said["recall at IoU 0.75"]} at 0.75'
-        )
-    print(f'  a page to look at: {page}')
+def write_csv(path: Path, rows: list[tuple]) -> None:
+    table = io.StringIO()
+    csv.writer(table, lineterminator='\n').writerows(rows)
+    write(path, table.getvalue().encode('utf-8', 'backslashreplace'))
 
 
 def check(root: Path) -> None:
-    """Look up every annotated clip and AVA video, write the report, say whether the data set is
-    complete.
-    """
-    import pandas as pd
-
-    annotations = root / 'annotations/ava_train_v2.2.csv'
-    if not annotations.is_file():
-        sys.exit(
-            f'error: {annotations} not found, so the data set cannot be checked; do Step 7 '
-            '(merge_annotations.py)'
+    """Look up all that training reads, write the report and the page, say whether it is ready."""
+    parts, problems = find_parts(root), []
+    if not parts[0].rows.exists():
+        merge = command('merge_annotations.py', root)
+        sys.exit(f'error: {parts[0].rows} not found; do Step 7a: {merge}')
+    for name in NEEDED:
+        if not (root / 'annotations' / name).exists():
+            problems.append(Problem(name, 'file missing', "copy it from AVA's annotation folder"))
+    read = [look_at_files(part, root, problems) for part in parts]
+    lacking = look_at_all([table for table, _ in read], root)
+    lines = tell([*problems, *lacking.values()])
+    for part, (table, _) in zip(parts, read):
+        names = table['clip'].unique()
+        clips, count = sum(len(name) > 11 for name in names), sum(name in lacking for name in names)
+        print(
+            f'{part.title}: {clips:,} Kinetics clips and {len(names) - clips:,} AVA movies, '
+            f'{count:,} of them not complete'
         )
-    table, rows = read_annotations(annotations)
-    total, read = len(table) + len(rows), [table]
-    validated = root / 'annotations/ava_val_v2.2.csv'  # which training reads after the first epoch
-    if validated.is_file():
-        others, problems = read_annotations(validated)
-        rows += problems
-        read.append(others)
-    annotated = {name: set(seconds) for name, seconds in pd.concat(read).groupby('clip').second}
-    clips = {name for name in annotated if CLIP_NAME.fullmatch(name)}
-    raw = any(
-        (root / 'rawframes' / clip).is_dir() for clip in clips
-    )  # else training reads the clips themselves
-    rows += missing_files(root, bool(clips))
-    proposals = read_proposals(root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl')
-    if proposals is None:
-        rows.append(
-            (
-                'ava_dense_proposals_train.FAIR.recall_93.9.pkl',
-                'unreadable: do Step 7 (merge_annotations.py)',
-            )
-        )
-
-    def look(name: str) -> str | None:
-        if name in clips and not raw:
-            return missing_in_video(root / f'videos/{name}.mp4')
-        return missing_frames(root / 'rawframes' / name, annotated[name])
-
-    with ThreadPool(16) as threads:  # which a slow file server answers together
-        answers = tqdm(
-            threads.imap(look, annotated, 16),
-            total=len(annotated),
-            desc='check',
-            unit='clip',
-            delay=1,
-        )
-        rows += [(name, problem) for name, problem in zip(annotated, answers) if problem]
-    report = root / 'reports/softlink_ava.csv'
-    report.parent.mkdir(exist_ok=True)
-    part = report.with_name(f'.{report.name}.part')
-    pd.DataFrame(sorted(rows), columns=['clip', 'reason']).to_csv(
-        part, index=False, errors='backslashreplace'
-    )
-    os.replace(part, report)
-    print(
-        f'AVA-Kinetics in {root}: {len(clips)} Kinetics clips and '
-        f'{len(annotated) - len(clips)} AVA videos annotated, '
-        f'{total} rows, {"no readable" if proposals is None else len(proposals)} frames with '
-        'proposals'
-    )
-    for reason, count in Counter(row[1].split(':')[0] for row in rows).most_common():
-        example = next(name for name, why in rows if why.split(':')[0] == reason)
-        print(f'  {count} not complete: {reason}, such as {example}')
+    report, page = root / 'reports/softlink_ava.csv', root / 'report.html'
+    write_csv(report, [Problem._fields, *sorted([*problems, *lacking.values()])])
+    for line in lines:
+        print(f'  {line}')
+    now = datetime.datetime.fromtimestamp(float(os.environ.get('SOURCE_DATE_EPOCH', time.time())))
+    items = ''.join(f'<li>{html.escape(line)}</li>' for line in lines)
     try:
-        if len(table):
-            write_page(root, table, proposals or {})
-    except (
-        ImportError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:  # odd files in reports/, no matplotlib
+        content = PAGE.substitute(
+            verdict='NOT ready for training' if lines else 'Ready for training',
+            checked=html.escape(f'{root}, {now:%Y-%m-%d %H:%M}; windows of MMAction2: {WINDOWS}'),
+            problems=items,
+            made=show_making(root / 'reports'),
+            parts=''.join(
+                show_part(part, *found, root)
+                for part, found in zip(parts, read)
+                if part.split and len(found[0])
+            ),
+        )
+        write(page, content.encode('utf-8', 'backslashreplace'))
+        print(f'  page: {page}')
+    except (ImportError, ValueError, KeyError, TypeError) as error:  # odd files, no matplotlib
         print(f'  no report.html: {type(error).__name__}: {error}'.split('\n')[0])
-    if rows:
-        print(f'  report: {report}')
-        sys.exit(f'error: the data set is not complete; {rows[0][0]}: {rows[0][1]}')
-    print(
-        f'  all {len(annotated)} have their frames: ready for training'
-        + ('' if raw else ', the Kinetics part from its videos (README: Without raw frames)')
-    )
+    if lines:
+        sys.exit(f'error: the data set is not ready for training: {lines[0]}; see {report}')
+    print('ready for training')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -628,39 +565,15 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     os.environ['MPLBACKEND'] = 'agg'  # a notebook's may not be in this environment
     args = parse_args(argv)
+    root, ava = args.avakinetics_root, args.ava_root / 'rawframes'
     try:
-        root, ava = args.avakinetics_root, args.ava_root.absolute() / 'rawframes'
-        if args.ava_root.resolve() == root.resolve():
-            sys.exit(
-                'error: --ava_root and --avakinetics_root are the same folder; AVA has one '
-                'of its own'
-            )
         if ava.resolve() == (root / 'rawframes').resolve():
-            sys.exit(
-                f"error: {root / 'rawframes'} is AVA's own folder; the data set has one of "
-                'its own: remove the link'
-            )
+            sys.exit(f"error: {root}/rawframes is AVA's own folder; the data set needs another")
         if not ava.is_dir():
             sys.exit(f'error: {ava} not found; extract the frames of AVA or set --ava_root')
         if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
-            sys.exit(
-                f'error: {root} has neither rawframes nor videos; do Step 3 '
-                '(cut_kinetics.py) or set --avakinetics_root'
-            )
-        videos = sorted(
-            name
-            for name in os.listdir(ava)
-            if os.path.isdir(ava / name) and not name.startswith('.')
-        )
-        if not videos:
-            sys.exit(
-                f'error: {ava} holds no folder of frames; extract the frames of AVA or set '
-                '--ava_root'
-            )
-        (root / 'rawframes').mkdir(
-            exist_ok=True
-        )  # without raw frames of Kinetics, AVA's are the first
-        link_all(videos, ava, root)
+            sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3')
+        link_all(ava, root / 'rawframes')
         check(root)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; fix it, then run the same command again')

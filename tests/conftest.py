@@ -34,6 +34,10 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f'on Python {platform.python_version()}, {versions}')
 
 
+# the date of report.html, for tests that compare files of two runs
+os.environ['SOURCE_DATE_EPOCH'] = '1700000000'
+
+
 @pytest.fixture(autouse=True)
 def ended_by_sigterm():
     """Undo what a script's main did to SIGTERM: pools that are forked later would inherit it."""
@@ -111,7 +115,9 @@ def prepare_validation(mmaction2: Path) -> None:
     sample_world.copy_as_validation_split(mmaction2)
     place, environment = mmaction2 / 'tools/data/ava_kinetics', dict(MMACTION2=str(mmaction2))
     config, checkpoint = (option.split('=', 1)[1] for option in TINY)
-    for line in demo.readme_commands('## The validation split')[0].strip().splitlines():
+    for line in (
+        demo.readme_commands('# The validation part', 'docs/validation.md')[0].strip().splitlines()
+    ):
         line = line.replace('$CONFIG', config).replace('$CHECKPOINT', checkpoint)
         line = line.replace('$AVAKINETICS_ROOT', f'{mmaction2}/data/ava_kinetics')
         script, *options = line.split()[1:]

@@ -23,11 +23,9 @@ SCRIPTS = (
 )
 
 
-def readme_commands(heading: str) -> list[str]:
-    """The first shell block of every README section whose heading starts so: '### Step '."""
-    sections = re.findall(
-        rf'^{heading}.*?(?=^##|\Z)', (REPO / 'README.md').read_text(), re.M | re.S
-    )
+def readme_commands(heading: str, file: str = 'README.md') -> list[str]:
+    """The first shell block of every section whose heading starts so: '### Step '."""
+    sections = re.findall(rf'^{heading}.*?(?=^##|\Z)', (REPO / file).read_text(), re.M | re.S)
     return [
         re.search(r'^```shell\n(.*?)^```', section, re.M | re.S)[1]
         for section in sections
@@ -47,7 +45,8 @@ def run_readme(mmaction2: Path, show: bool) -> str:
         'MMACTION2': str(mmaction2),
         'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
     }
-    settings = readme_commands('### Settings')[0].replace('/path/to/mmaction2', str(mmaction2))
+    settings = re.findall(r'^export .*\n', (REPO / 'README.md').read_text(), re.M)
+    settings = ''.join(settings).replace('/path/to/mmaction2', str(mmaction2))
     settings += (
         f'export CONFIG={REPO}/tests/tiny_detector.py CHECKPOINT={REPO}/tests/tiny_detector.pth\n'
     )

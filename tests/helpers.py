@@ -383,15 +383,14 @@ def write_root(root: Path, scenes) -> Path:
     return root
 
 
-def readme_config(heading: str, number: int, folder: Path):
-    """A python block of the README as a config of MMAction2's, its _base_ that of the installed
+def documented_config(file: str, number: int, folder: Path):
+    """A python block of docs/ as a config of MMAction2's, its _base_ that of the installed
     package.
     """
     import mmaction
     from mmengine import Config
 
-    section = (REPO / 'README.md').read_text().split(heading)[1].split('\n## ')[0]
-    block = re.findall(r'^```python\n(.*?)^```', section, re.M | re.S)[number]
+    block = re.findall(r'^```python\n(.*?)^```', (REPO / file).read_text(), re.M | re.S)[number]
     assert "_base_ = 'configs/" in block
     path = folder / f'config_{number}.py'
     path.write_text(

@@ -4,6 +4,7 @@ Eight videos of people who stand still, one more that is listed and missing, and
 """
 
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -102,7 +103,8 @@ def draw_sources(folder: Path) -> None:
     annotations.mkdir(parents=True)
     for video in AVA_VIDEOS:
         (folder / 'ava/rawframes' / video).mkdir(parents=True)
-        (folder / 'ava/rawframes' / video / 'img_00061.jpg').write_bytes(b'frame')
+        for index in range(20, 91):  # what training asks for around second 902
+            (folder / f'ava/rawframes/{video}/img_{index:05d}.jpg').write_bytes(b'frame')
     sample_world.draw_other_annotations(annotations)
     (annotations / 'ava_train_v2.2.csv').write_text(
         ''.join(f'{video},0902,0.1,0.2,0.3,0.4,12,0\n' for video in AVA_VIDEOS)
@@ -113,9 +115,11 @@ def draw_sources(folder: Path) -> None:
 
 
 def products(root: Path) -> dict[str, str]:
-    """All files but the log of detections, which tells of every run."""
-    files = snapshot(root).items()
-    return {name: digest for name, digest in files if not name.endswith('.frames.jsonl')}
+    """All files but the log of detections, which tells of every run; the page says where it is."""
+    files, page = snapshot(root), root / 'report.html'
+    if page.exists():
+        files['report.html'] = re.sub('<p>/[^,]*, ', '', page.read_text())
+    return {name: digest for name, digest in files.items() if not name.endswith('.frames.jsonl')}
 
 
 def assert_undisturbed(job: Job, step: str, root: Path) -> None:

@@ -5,7 +5,9 @@ broken archives.
 import gzip
 import http.server
 import io
+import os
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -97,7 +99,7 @@ def test_clips_are_those_of_the_list(kinetics, archives, tmp_path):
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
     assert '6 of 7 annotated keyframes' in done.stdout
     assert read_report(tmp_path / 'root', 'cut_kinetics_train') == [
-        ['eeeeeeeeeee', '3', 'no video holds this second']
+        ['eeeeeeeeeee', '3', 'no video that could be read holds this second']
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         '1.tar',
@@ -135,7 +137,7 @@ def test_a_truncated_archive_costs_no_finished_clip(kinetics, archives, tmp_path
     done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives, code=1)
     assert (tmp_path / 'root/videos/aaaaaaaaaaa_000101_000109.mp4').exists()
     message = errors(done)
-    assert message.startswith('error: 1 archives cannot be read to their end: ')
+    assert message.startswith('error: 1 archives cannot be read to the end: ')
     assert f'{archives[0]}: ' in message and 'unexpected end of data' in message
     rows = read_report(tmp_path / 'root', 'cut_kinetics_train')
     assert [row[2].split(':')[0] for row in rows if not row[0]] == ['unreadable archive']
@@ -207,7 +209,7 @@ def test_over_http_with_dropped_connections(kinetics, archives, server, tmp_path
     done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *urls, code=1)
     assert server.RequestHandlerClass.answers >= 3
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
-    assert f'1 archives cannot be read to their end: {urls[3]}' in errors(done)
+    assert f'1 archives cannot be read to the end: {urls[3]}' in errors(done)
 
 
 def test_through_the_proxy_that_the_environment_names(
@@ -269,7 +271,21 @@ def test_pieces_of_one_archive_through_standard_input(kinetics, tmp_path):
         assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
     (tmp_path / 'raw/Kinetics700.tar.gz.02').unlink()
     done = cut_stdin(kinetics, tmp_path / 'root', f'cat {tmp_path}/raw/*.tar.gz*')
-    assert done.returncode == 1 and 'cannot be read to their end: -: EOFError' in errors(done)
+    assert done.returncode == 1 and 'cannot be read to the end: -: EOFError' in errors(done)
+
+
+def test_the_documented_command_for_pieces(kinetics, tmp_path):
+    write_whole(kinetics, tmp_path / 'raw.tar.gz', 'w:gz')
+    (tmp_path / 'raw').mkdir()
+    (tmp_path / 'raw.tar.gz').rename(tmp_path / 'raw/Kinetics700.tar.gz.00')
+    block = re.search(
+        r'^cat raw/.*?(?=^```)', (REPO / 'docs/small-disk.md').read_text(), re.M | re.S
+    )
+    settings = dict(AVAKINETICS_ANOTATION=f'{kinetics}/notes', AVAKINETICS_ROOT=f'{tmp_path}/root')
+    command = block[0].replace('cut_kinetics.py', f'{REPO}/cut_kinetics.py')
+    command = command.replace('python3', sys.executable)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=os.environ | settings)
+    assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
 def test_several_archives_through_standard_input(kinetics, archives, tmp_path):
@@ -371,7 +387,7 @@ def test_errors_say_what_to_do(kinetics, tmp_path):
     root = tmp_path / 'root'
     for name in tmp_path / 'none.tar', 's4://bucket/x.tar', tmp_path:
         message = errors(cut_archives(kinetics, root, '--kinetics_archives', name, code=1))
-        assert message.startswith(f'error: 1 archives cannot be read to their end: {name}: ')
+        assert message.startswith(f'error: 1 archives cannot be read to the end: {name}: ')
         assert len(read_report(root, 'cut_kinetics_train')) == 8
     done = cut_archives(kinetics, root, '--kinetics_archives', f'@{tmp_path}/none.txt', code=1)
     assert 'No such file or directory' in errors(done) and 'none.txt' in errors(done)

@@ -66,21 +66,25 @@ def test_a_source_that_is_gone_costs_no_clip(job):
 def test_a_source_that_is_broken_now_costs_no_clip(job):
     before = snapshot(job / 'root/videos')
     (job / 'kinetics700/videos/aaaaaaaaaaa_000100_000110.mp4').write_bytes(b'broken')
-    assert '2 of 2 annotated keyframes' in cut(job).stdout
+    done = cut(job)
+    assert '2 of 2 annotated keyframes' in done.stdout and 'older clip kept: 1' in done.stdout
+    ((video, second, reason),) = report(job)
+    assert (video, second) == ('aaaaaaaaaaa', '105')
+    assert reason.startswith('older clip kept: unreadable video: ')
     assert snapshot(job / 'root/videos') == before
 
 
 def test_clips_of_other_options_are_not_mixed(job):
     before = snapshot(job)
     assert errors(cut(job, '--short_side=64', code=1)) == (
-        f'error: the clips in {job}/root/videos were made with short_side=None; give the same '
-        f'options, or remove them: rm -r {job}/root/videos'
+        f'error: the clips in {job}/root/videos were made with short_side=None, not 64; give the '
+        'same options and install the same av, or move these clips away'
     )
     assert snapshot(job) == before
     shutil.rmtree(job / 'root/videos')
     assert '(2 cut now' in cut(job, '--short_side=64').stdout
     assert decord.VideoReader(str(job / f'root/videos/{CLIP}.mp4'))[0].shape[:2] == (64, 86)
-    assert 'short_side=64' in errors(cut(job, code=1))
+    assert 'short_side=64, not None' in errors(cut(job, code=1))
     assert '(0 cut now' in cut(job, '--short_side=64').stdout
 
 
@@ -90,12 +94,12 @@ def test_clips_of_any_other_option_are_not_mixed(job, name):
     noted = json.loads(note.read_text())
     assert noted['av'] == av.__version__ and "'crf': '21.4'" in noted['encoder']
     note.write_text(json.dumps(noted | {name: 'other'}))
-    assert f'were made with {name}=other; give' in errors(cut(job, code=1))
+    assert f'were made with {name}=other, not ' in errors(cut(job, code=1))
 
 
 def test_clips_of_another_program_are_not_taken_as_ours(job):
     (job / 'root/reports/cut_kinetics_options.json').unlink()
-    assert 'were made with av=None, encoder=None; give' in errors(cut(job, code=1))
+    assert 'made with short_side=unknown, not None; av=unknown, not' in errors(cut(job, code=1))
 
 
 def test_a_wrong_working_directory_leaves_nothing_behind(job, tmp_path):

@@ -276,7 +276,7 @@ def test_every_unusable_line_is_reported_with_its_number(world):
         clips(world) == ['aaaaaaaaaaa_000103_000107.mp4']
         and '1 of 4 annotated keyframes' in done.stdout
     )
-    nobody = 'no video holds this second'
+    nobody = 'no video that could be read holds this second'
     lines = (world / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').read_text().splitlines(True)
     listed = (world / 'kinetics700/list.txt').read_text().splitlines(True)
     assert read_report(world / 'root', 'cut_kinetics_train') == [
@@ -334,7 +334,7 @@ def test_the_right_spelling_and_the_documented_defaults_work(world):
     ).stdout
     assert (
         '/mm/data/kinetics700/kinetics700_train_list_videos.txt' in shown
-        and '(default: all CPUs)' in shown
+        and '(default: -1, all CPUs)' in shown
     )
     assert '/mm/data/ava_kinetics)' in shown and '(default: ava_kinetics_v1_0)' in shown
 

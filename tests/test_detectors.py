@@ -4,6 +4,7 @@
 
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import pytest
@@ -327,6 +328,7 @@ def test_a_built_mmcv_keeps_its_own_operators(monkeypatch):
     import mmcv.ops  # noqa: F401, which would bind the stand-in below for ever
 
     built = types.ModuleType('mmcv._ext')
+    built.__spec__ = ModuleSpec('mmcv._ext', None)
     monkeypatch.setitem(sys.modules, 'mmcv._ext', built)
     monkeypatch.setattr(mmcv, '_ext', built, raising=False)
     fetch_proposal.use_torchvision_operators.__wrapped__()

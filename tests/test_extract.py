@@ -88,7 +88,7 @@ def test_bad_clips_cost_themselves_only(root):
     rows = dict(read_csv(root / 'reports/extract_rgb_frames.csv'))
     assert (
         rows['SHORT-SHORT_000000_000003']
-        == 'wrong number of frames: 60 instead of 90; cut it again, Step 3'
+        == 'wrong number of frames: 60, not 90; remove it, repeat Step 3'
     )
     assert rows['EMPTY-EMPTY_000000_000002'].startswith('unreadable clip: ')
     assert len(rows) == 3

@@ -113,8 +113,8 @@ def test_interrupted_says_so_in_one_line_and_the_next_run_goes_on(job, step, tmp
     finish(job, step, root)
 
 
-@pytest.mark.parametrize('step', ['cut', 'cut archives', 'extract', 'fetch'])
-def test_a_second_run_of_a_long_step_is_refused_while_the_first_works(job, step, tmp_path):
+@pytest.mark.parametrize('step', ['cut', 'cut archives', 'extract', 'fetch', 'merge'])
+def test_a_second_run_is_refused_while_the_first_works(job, step, tmp_path):
     root = copy_before(job, step, tmp_path)
     with held(job.command(step, root), tmp_path / 'notes', WORKING[step][0]) as first:
         second = here(*job.command(step, root)[1:], code=1)
@@ -123,21 +123,6 @@ def test_a_second_run_of_a_long_step_is_refused_while_the_first_works(job, step,
         _, err = first.communicate(timeout=300)
         assert first.returncode == 0, err
     assert_undisturbed(job, step, root)
-
-
-def test_a_second_merge_waits_for_the_first(job, tmp_path):
-    root = copy_before(job, 'merge', tmp_path)
-    command = job.command('merge', root)
-    at_work = held(command, tmp_path / 'notes', WORKING['merge'][0])
-    at_the_lock = held(command, tmp_path / 'at the lock', 'fcntl.flock', how='note')
-    with at_work as first, at_the_lock as second:
-        with pytest.raises(subprocess.TimeoutExpired):
-            second.wait(timeout=2)
-        (tmp_path / 'notes/go').touch()
-        for process in first, second:
-            _, err = process.communicate(timeout=300)
-            assert process.returncode == 0, err
-    assert_undisturbed(job, 'merge', root)
 
 
 @pytest.mark.parametrize('step', ['prepare', 'prepare from videos', 'link'])

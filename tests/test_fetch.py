@@ -320,7 +320,7 @@ def test_unreadable_frames_cost_themselves_only(small, tmp_path):
         [
             'scene-00001',
             '0012',
-            'unreadable frame: truncated or no JPEG '
+            'unreadable frame: not a complete JPEG '
             'rawframes/scene-00001_000010_000014/img_00061.jpg',
         ],
         [
@@ -622,13 +622,13 @@ def test_boxes_without_area_are_no_people():
     )
 
 
-def test_a_run_says_where_it_runs(small, tmp_path, capsys, monkeypatch):
+def test_a_run_says_where_it_runs(small, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
-    for number, options in enumerate(([], ['--num_gpus=2'], ['--num_gpus=0'])):
-        place = f'--avakinetics_root={small}', f'--picklepath={tmp_path}/{number}.pkl'
-        fetch_proposal.main([*place, *TINY, *options])
-        said = '0 GPUs are visible to PyTorch: the CPU is used' in capsys.readouterr().out
-        assert said == (options != ['--num_gpus=0'])
+    for number, options in enumerate(([], ['--num_gpus=0'])):
+        said = fetch(small, f'--picklepath={tmp_path}/{number}.pkl', *options).stdout
+        assert ('no GPU is visible to PyTorch: the CPU is used' in said) == (not options)
+    done = fetch(small, f'--picklepath={tmp_path}/2.pkl', '--num_gpus=2', code=1)
+    assert '0 GPUs are visible to PyTorch, not 2' in errors(done)
 
 
 @pytest.fixture

@@ -560,7 +560,10 @@ def test_archives_that_claim_more_than_there_is(whole, tmp_path):
         'aaaaaaaaaaa_000003_000007.mp4'
     ]
     rows = {row[0]: row[2] for row in read_report(tmp_path / 'root', 'cut_kinetics_train')}
-    assert rows['b' * 11] == 'no video holds this second' and 'claims.tar' in rows['']
+    assert (
+        rows['b' * 11] == 'no video that could be read holds this second'
+        and 'claims.tar' in rows['']
+    )
 
 
 @pytest.mark.parametrize(
@@ -640,7 +643,7 @@ def test_frames_of_clips(tmp_path, name):
     clip, good = 'bad-clip--1_000000_000004', tmp_path / 'videos/good-clip-0_000000_000004.mp4'
     numbered_source(good, dict(seconds=4))
     (tmp_path / f'videos/{clip}.mp4').write_bytes(CLIPS[name](good.read_bytes()))
-    with pytest.raises(ValueError, match='number 91'):
+    with pytest.raises(ValueError, match='frame 91 of'):
         frame = fetch_proposal.Frame('key', clip, 3, f'videos/{clip}.mp4', 0, 0)
         fetch_proposal.read_frame(tmp_path, frame)
 
@@ -981,7 +984,7 @@ def test_rows_to_merge_and_to_check(merging, tmp_path):
             code=1,
             cwd=tmp_path,
         )
-        assert 'the data set is not complete' in errors(done) and not (tmp_path / 'pwned').exists()
+        assert 'is not ready for training' in errors(done) and not (tmp_path / 'pwned').exists()
     assert {
         row[0]
         for row in read_csv(merging / 'reports/softlink_ava.csv')

@@ -1,28 +1,15 @@
 """Step 7: AVA's annotations and frames joined with the Kinetics part."""
 
 import hashlib
-import os
 import pickle
 import pickletools
 import re
-import shutil
 
 import numpy as np
 import pytest
 
 import sample_world
-from helpers import (
-    Evil,
-    errors,
-    fake_frames,
-    here,
-    load,
-    numbered_source,
-    read_csv,
-    read_report,
-    run,
-    snapshot,
-)
+from helpers import Evil, errors, load, read_csv, run, snapshot
 
 CSV, PICKLE = (
     'annotations/ava_train_v2.2.csv',
@@ -253,150 +240,12 @@ def test_another_programs_merge_over_ours_gives_way(root):
         np.testing.assert_array_equal(merged[key], boxes)
 
 
-@pytest.fixture
-def worlds(root, tmp_path):
-    """A merged ROOT with one Kinetics clip, and AVA with its two videos' frames."""
-    sample_world.draw_other_annotations(root / 'annotations')
-    merge(root)
-    fake_frames(root / 'rawframes', 'aaaaaaaaaaa_000103_000107')
-    for video, last in ('-5KQ66BBWC4', 61), ('AVA_mov-1_x', 26941):
-        (tmp_path / 'ava/rawframes' / video).mkdir(parents=True)
-        (tmp_path / 'ava/rawframes' / video / f'img_{last:05d}.jpg').write_bytes(b'frame')
-    return root, tmp_path / 'ava'
-
-
-def link(root, ava, **kwargs):
-    return here('softlink_ava.py', f'--avakinetics_root={root}', f'--ava_root={ava}', **kwargs)
-
-
-def test_links_are_absolute_and_a_second_run_changes_nothing(worlds, tmp_path):
-    root, ava = worlds
-    done = here('softlink_ava.py', '--avakinetics_root=root', '--ava_root=ava', cwd=tmp_path)
-    assert os.readlink(root / 'rawframes/-5KQ66BBWC4') == f'{ava}/rawframes/-5KQ66BBWC4'
-    assert (
-        '2 linked now' in done.stdout
-        and '1 Kinetics clips and 2 AVA videos annotated, 3 rows, 4 frames' in done.stdout
-    )
-    assert 'all 3 have their frames: ready for training' in done.stdout
-    before = snapshot(root)
-    assert '2 linked already' in link(root, ava).stdout
-    assert snapshot(root) == before
-
-
-def test_wrong_links_are_mended_and_real_folders_left_alone(worlds, tmp_path):
-    root, ava = worlds
-    (root / 'rawframes/-5KQ66BBWC4').symlink_to(tmp_path / 'nowhere')
-    (root / 'rawframes/AVA_mov-1_x').mkdir()
-    (root / 'rawframes/AVA_mov-1_x/img_26941.jpg').write_text('mine')
-    done = link(root, ava)
-    assert (
-        '1 broken or wrong links mended' in done.stdout
-        and '1 real folders left alone' in done.stdout
-    )
-    assert os.readlink(root / 'rawframes/-5KQ66BBWC4') == f'{ava}/rawframes/-5KQ66BBWC4'
-    assert (root / 'rawframes/AVA_mov-1_x/img_26941.jpg').read_text() == 'mine'
-
-
-def test_the_closing_check_finds_what_training_would_miss(worlds):
-    root, ava = worlds
-    (root / 'rawframes/aaaaaaaaaaa_000103_000107/img_00120.jpg').unlink()
-    (ava / 'rawframes/AVA_mov-1_x/img_26941.jpg').unlink()
-    assert 'not complete' in errors(link(root, ava, code=1))
-    assert read_report(root, 'softlink_ava') == [
-        ['AVA_mov-1_x', 'frames missing or empty: 1 of 1, first img_26941.jpg'],
-        ['aaaaaaaaaaa_000103_000107', 'frames missing or empty: 1 of 120, first img_00120.jpg'],
-    ]
-
-
-@pytest.mark.parametrize(
-    'change,name,reason',
-    [
-        (
-            lambda root, ava: (root / 'annotations/ava_val_v2.2.csv').unlink(),
-            'ava_val_v2.2.csv',
-            "file missing: copy it from AVA's annotation folder",
-        ),
-        (
-            lambda root, ava: (root / 'kinetics_train.csv').write_text(KINETICS_ROWS),
-            'ava_train_v2.2.csv',
-            'older than kinetics_train.csv: merge again, Step 7 (merge_annotations.py)',
-        ),
-        (
-            lambda root, ava: (root / 'kinetics_train.csv').unlink(),
-            'kinetics_train.csv',
-            'file missing: do Step 5 (prepare_annotation.py)',
-        ),
-        (
-            lambda root, ava: (root / CSV).write_text(AVA_ROWS),
-            'ava_train_v2.2.csv',
-            'no Kinetics row: do Step 7 (merge_annotations.py)',
-        ),
-        (
-            lambda root, ava: (root / PICKLE).write_bytes(b'broken'),
-            PICKLE.split('/')[1],
-            'unreadable: do Step 7 (merge_annotations.py)',
-        ),
-        (
-            lambda root, ava: (
-                root / 'rawframes/aaaaaaaaaaa_000103_000107/img_00007.jpg'
-            ).write_bytes(b''),
-            'aaaaaaaaaaa_000103_000107',
-            'frames missing or empty: 1 of 120, first img_00007.jpg',
-        ),
-        (
-            lambda root, ava: (ava / 'rawframes/-5KQ66BBWC4/img_00061.jpg').write_bytes(b''),
-            '-5KQ66BBWC4',
-            'frames missing or empty: 1 of 1, first img_00061.jpg',
-        ),
-        (
-            lambda root, ava: shutil.rmtree(root / 'rawframes/aaaaaaaaaaa_000103_000107'),
-            'aaaaaaaaaaa_000103_000107',
-            'clip missing: no video',
-        ),
-    ],
-    ids=[
-        'validation file',
-        'older rows',
-        'no list',
-        'not merged',
-        'pickle',
-        'empty frame',
-        'empty frame of AVA',
-        'no clip',
-    ],
-)
-def test_not_ready_for_training(worlds, change, name, reason):
-    root, ava = worlds
-    assert 'ready for training' in link(root, ava).stdout
-    change(root, ava)
-    done = link(root, ava, code=1)
-    assert (
-        'not complete' in errors(done)
-        and name in errors(done)
-        and 'ready for training' not in done.stdout
-    )
-    assert [name, reason] in read_csv(root / 'reports/softlink_ava.csv')
-
-
-@pytest.mark.parametrize(
-    'seconds,problem',
-    [
-        (4, None),
-        (3.5, 'wrong number of frames: 105 instead of 120'),
-        (0, 'unreadable clip: decord cannot open it'),
-    ],
-)
-def test_clips_that_are_read_as_videos_have_their_frames(worlds, seconds, problem):
-    root, ava = worlds
-    shutil.rmtree(root / 'rawframes')
-    clip = root / 'videos/aaaaaaaaaaa_000103_000107.mp4'
-    numbered_source(clip, dict(seconds=seconds or 1))
-    if not seconds:
-        clip.write_bytes(clip.read_bytes()[:500])
-    if problem:
-        assert problem in errors(link(root, ava, code=1))
-    else:
-        assert 'ready for training, the Kinetics part from its videos' in link(root, ava).stdout
+def test_avas_own_folder_is_not_merged_into(root, tmp_path):
+    (root / 'annotations').rename(tmp_path / 'ava_annotations')
+    (root / 'annotations').symlink_to(tmp_path / 'ava_annotations')
+    before = snapshot(tmp_path)
+    assert "would change AVA's own files; remove the link" in errors(merge(root, code=1))
+    assert snapshot(tmp_path) == before
 
 
 def test_a_pickle_of_another_list_is_refused_with_the_command_that_mends_it(root):
@@ -406,30 +255,8 @@ def test_a_pickle_of_another_list_is_refused_with_the_command_that_mends_it(root
     merge(root)
     (root / 'kinetics_train.csv').write_bytes(rows * 2)
     before = snapshot(root)
-    command = f'Step 6: fetch_proposal.py --datalist={root}/kinetics_train.csv'
+    command = (
+        f'Step 6: fetch_proposal.py --avakinetics_root={root} --datalist={root}/kinetics_train.csv'
+    )
     assert command in errors(merge(root, code=1))
     assert snapshot(root) == before
-
-
-def test_avas_own_folder_is_not_merged_into(root, tmp_path):
-    (root / 'annotations').rename(tmp_path / 'ava_annotations')
-    (root / 'annotations').symlink_to(tmp_path / 'ava_annotations')
-    before = snapshot(tmp_path)
-    assert (
-        "would change AVA's own files; remove the link" in errors(merge(root, code=1))
-        and snapshot(tmp_path) == before
-    )
-
-
-def test_link_errors_say_what_to_do(worlds, tmp_path):
-    root, ava = worlds
-    assert 'same folder' in errors(link(root, root, code=1))
-    (root / CSV).write_text(KINETICS_ROWS + '\nno row\n')
-    (root / PICKLE).write_bytes(b'broken')
-    assert 'no readable frames' in link(root, ava, code=1).stdout
-    assert 'set --ava_root' in errors(link(root, tmp_path / 'none', code=1))
-    (tmp_path / 'bare/rawframes').mkdir(parents=True)
-    assert 'holds no folder' in errors(link(root, tmp_path / 'bare', code=1))
-    assert 'do Step 3' in errors(link(tmp_path / 'bare2', ava, code=1))
-    (root / CSV).unlink()
-    assert 'do Step 7' in errors(link(root, ava, code=1))

@@ -53,16 +53,18 @@ def test_numbers_are_those_of_the_files(root):
         str(len(kinetics)),
         str(len(rows)),
     ]
-    assert cells['boxes'][2] == str(len(boxes)) and cells['clips or movies'] == ['2', '10', '12']
-    assert cells['frames with proposals'] == [str(len(proposals))]
-    assert ['cut_kinetics_train', 'file missing', '1'] in lines
+    assert cells['boxes'][2] == str(len(boxes)) and cells['clips'] == ['2', '10', '12']
+    assert int(cells['proposals'][2]) <= sum(map(len, proposals.values()))
+    assert ['Step 3', 'file missing', '1'] in lines
+    assert not [line for line in lines if line[:1] == ['Step 5']]  # counted at Step 3
     assert 'http' not in page.replace('http://www.w3.org', '')  # nothing from elsewhere
 
 
 def test_keyframes_show_annotations_and_proposals(root):
     page = (root / 'report.html').read_text()
     pictures = re.findall(r'data:image/jpeg;base64,([^"]+)', page)
-    assert len(pictures) == 17  # all keyframes of the small sample
+    missed = [row for row in read_csv(root / 'reports/recall_train.csv')[1:] if row[2] != row[3]]
+    assert len(pictures) == len(missed) + 12  # evenly chosen
     sources = {
         video: (start, rate)
         for videos in sample_world.SCENES.values()
@@ -85,15 +87,14 @@ def test_keyframes_show_annotations_and_proposals(root):
         base64.b64decode(plot).decode()
         for plot in re.findall(r'data:image/svg[+]xml;base64,([^"]+)', page)
     ]
-    assert len(plots) == 5 and 'talk to (e.g., self, a person, a group) 79' in ''.join(plots)
+    assert len(plots) == 4 and 'talk to (e.g., self, a person, a group) 79' in ''.join(plots)
 
 
 @pytest.mark.skipif(not CHROMIUM, reason='needs Chromium')
 @pytest.mark.parametrize('width', [1280, 400])
 def test_a_browser_shows_all_of_it(root, tmp_path, width):
-    (tmp_path / 'page.html').write_text(
-        (root / 'report.html').read_text().replace('</head>', PROBE + '</head>')
-    )
+    page = (root / 'report.html').read_text()
+    (tmp_path / 'page.html').write_text(page.replace('</head>', PROBE + '</head>'))
     done = subprocess.run(
         [
             CHROMIUM,
@@ -113,6 +114,9 @@ def test_a_browser_shows_all_of_it(root, tmp_path, width):
     )
     seen = json.loads(re.search(r'<title>(.*?)</title>', done.stdout)[1])
     assert (
-        seen['images'] == 22 and not seen['broken'] and seen['wider'] <= 0 and not seen['outside']
+        seen['images'] == page.count('<img')
+        and not seen['broken']
+        and seen['wider'] <= 0
+        and not seen['outside']
     )
     assert seen['narrowest'] >= 300 and 'CONSOLE' not in done.stderr

@@ -127,7 +127,11 @@ def test_what_stands_in_two_scripts_is_the_same():
         (cut_kinetics, prepare_annotation, 'write_csv'),
         (cut_kinetics, prepare_annotation, 'read_annotations'),
         (fetch_proposal, merge_annotations, 'Pickler'),
-        (fetch_proposal, softlink_ava, 'key_of'),
+        (merge_annotations, softlink_ava, 'Unpickler'),
+        (cut_kinetics, merge_annotations, 'write'),
+        (cut_kinetics, merge_annotations, 'write_csv'),
+        (cut_kinetics, softlink_ava, 'write'),
+        (cut_kinetics, softlink_ava, 'write_csv'),
     ):
         assert inspect.getsource(getattr(one, name)) == inspect.getsource(getattr(other, name)), (
             name

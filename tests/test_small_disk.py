@@ -6,7 +6,7 @@ from mmengine.registry import init_default_scope
 
 import draw
 import sample_world
-from helpers import load, overlap, read_csv, readme_config
+from helpers import load, overlap, read_csv, documented_config
 
 SCENES = {
     video: (number, start, size, fps)
@@ -18,7 +18,8 @@ SCENES = {
 
 def test_same_rows_and_same_proposals_as_from_frames(mmaction2):
     with_frames, without, said = mmaction2.root, mmaction2.without, mmaction2.notes['without']
-    assert 'all 12 have their frames: ready for training, the Kinetics part from its videos' in said
+    assert '10 Kinetics clips and 2 AVA movies, 0 of them not complete' in said
+    assert said.endswith('ready for training\n')
     assert sorted(path.name for path in (without / 'rawframes').iterdir()) == sorted(
         sample_world.AVA_VIDEOS
     )
@@ -41,8 +42,8 @@ def records(config, monkeypatch, mmaction2):
     return DATASETS.build(config)
 
 
-def test_readme_config_trains_from_clips(mmaction2, monkeypatch, tmp_path):
-    config = readme_config('### Without raw frames', 0, tmp_path)
+def test_documented_config_trains_from_clips(mmaction2, monkeypatch, tmp_path):
+    config = documented_config('docs/small-disk.md', 0, tmp_path)
     data = records(config.train_dataloader.dataset, monkeypatch, mmaction2.path)
     assert len(data) == 11 + 5
     for record in data:
@@ -50,7 +51,7 @@ def test_readme_config_trains_from_clips(mmaction2, monkeypatch, tmp_path):
 
 
 def test_windows_out_of_clips_show_the_right_moment(mmaction2, monkeypatch, tmp_path):
-    config = readme_config('### Without raw frames', 0, tmp_path).train_dataloader.dataset.datasets[
+    config = documented_config('docs/small-disk.md', 0, tmp_path).train_dataloader.dataset.datasets[
         1
     ]
     config.pipeline = config.pipeline[:3]
@@ -96,7 +97,7 @@ def test_mmaction2_scores_perfect_predictions_at_one(
     import torch
     from mmaction.evaluation import AVAMetric
 
-    config = readme_config('## The validation split', number, tmp_path)
+    config = documented_config('docs/validation.md', number, tmp_path)
     data = records(config.val_dataloader.dataset, monkeypatch, mmaction2.path)
     assert len(data) == count
     evaluator = {key: value for key, value in config.val_evaluator.items() if key != 'type'}

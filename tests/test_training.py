@@ -13,7 +13,7 @@ from mmengine import Config
 from mmengine.runner import Runner
 
 import fetch_proposal
-from helpers import readme_config
+from helpers import documented_config
 
 CONFIG = (
     f'{mmaction.__path__[0]}/.mim/configs/detection/slowonly/'
@@ -80,7 +80,7 @@ def test_slowonly_trains_and_validates(mmaction2, tmp_path, monkeypatch, route):
     # each Runner logs its config, on whose looks mmengine spends 8 s
     monkeypatch.setattr(Config, 'pretty_text', '')
     if route == 'clips':  # of the same folder: the frames are there, but not read
-        config = readme_config('### Without raw frames', 0, tmp_path)
+        config = documented_config('docs/small-disk.md', 0, tmp_path)
     else:
         config = Config.fromfile(CONFIG)
     runner = build(shrink(config, tmp_path / 'work'))
@@ -96,7 +96,7 @@ def test_slowonly_trains_and_validates(mmaction2, tmp_path, monkeypatch, route):
         config = (
             Config.fromfile(CONFIG)
             if name == 'ava'
-            else readme_config('## The validation split', number, tmp_path)
+            else documented_config('docs/validation.md', number, tmp_path)
         )
         tested = build(shrink(config, tmp_path / f'work {name}'))
         tested.model.load_state_dict(runner.model.state_dict())

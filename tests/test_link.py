@@ -1,0 +1,287 @@
+"""Step 7b: AVA's frames are linked, and ready means that training runs."""
+
+import json
+import os
+import pickle
+import re
+import shlex
+import shutil
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import sample_world
+import softlink_ava
+from helpers import errors, fake_frames, here, numbered_source, read_report, run, snapshot
+
+CLIP, MOVIES = 'aaaaaaaaaaa_000103_000107', ('-5KQ66BBWC4', 'AVA_mov-1_x')
+LIST = 'annotations/ava_train_v2.2.csv'
+PICKLE = 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl'
+ROW = f'{CLIP},105,0.100,0.200,0.500,0.900,12,-1\n'
+READY = 'ready for training\n'
+
+
+def draw_movie(folder, seconds: range) -> None:
+    """Frames, none a picture, of these seconds."""
+    folder.mkdir(parents=True)
+    for index in range((seconds.start - 900) * 30 + 1, (seconds.stop - 900) * 30 + 1):
+        (folder / f'img_{index:05d}.jpg').write_bytes(b'frame')
+
+
+@pytest.fixture
+def worlds(tmp_path):
+    """A merged ROOT with one Kinetics clip, and AVA with two movies, some seconds of each."""
+    root, ava = tmp_path / 'root', tmp_path / 'ava'
+    (root / 'annotations').mkdir(parents=True)
+    sample_world.draw_other_annotations(root / 'annotations')
+    (root / LIST).write_text(''.join(f'{movie},1000,0.1,0.2,0.3,0.4,12,0\n' for movie in MOVIES))
+    (root / PICKLE).write_bytes(sample_world.fair_pickle({}))
+    (root / 'kinetics_train.csv').write_text(ROW)
+    (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps({}))
+    run('merge_annotations.py', f'--avakinetics_root={root}')
+    fake_frames(root / 'rawframes', CLIP)
+    for movie in MOVIES:
+        draw_movie(ava / 'rawframes' / movie, range(998, 1002))
+    return root, ava
+
+
+def link(root, ava, **kwargs):
+    return here('softlink_ava.py', f'--avakinetics_root={root}', f'--ava_root={ava}', **kwargs)
+
+
+def test_links_are_absolute_and_a_second_run_changes_nothing(worlds, tmp_path):
+    root, ava = worlds
+    done = here('softlink_ava.py', '--avakinetics_root=root', '--ava_root=ava', cwd=tmp_path)
+    assert os.readlink(root / 'rawframes/-5KQ66BBWC4') == f'{ava}/rawframes/-5KQ66BBWC4'
+    assert '2 linked now' in done.stdout and done.stdout.endswith(READY)
+    assert 'Training: 1 Kinetics clips and 2 AVA movies, 0 of them not complete' in done.stdout
+    assert 'AVA validation: 0 Kinetics clips and 0 AVA movies' in done.stdout
+    before = snapshot(root)
+    assert '2 linked already' in link(root, ava).stdout
+    assert snapshot(root) == before
+
+
+def test_wrong_links_are_mended_and_real_folders_left_alone(worlds, tmp_path):
+    root, ava = worlds
+    (root / 'rawframes/-5KQ66BBWC4').symlink_to(tmp_path / 'nowhere')
+    draw_movie(root / 'rawframes/AVA_mov-1_x', range(998, 1002))
+    done = link(root, ava)
+    assert '1 broken or wrong links mended' in done.stdout
+    assert '1 real folders left alone' in done.stdout
+    assert os.readlink(root / 'rawframes/-5KQ66BBWC4') == f'{ava}/rawframes/-5KQ66BBWC4'
+    assert not (root / 'rawframes/AVA_mov-1_x').is_symlink()
+
+
+def asked_for(folder, second: int) -> set[int]:
+    """The frames that MMAction2's loader asks for at any random offset, by the pipelines of its
+    configs of AVA-Kinetics."""
+    from mmaction.datasets import AVAKineticsDataset
+    from mmaction.datasets.transforms import SampleAVAFrames
+    from mmengine.registry import init_default_scope
+
+    init_default_scope('mmaction')
+    (folder / 'rows.csv').write_text(f'{MOVIES[0]},{second},0.1,0.2,0.3,0.4,12,0\n')
+    (folder / 'labels.pbtxt').write_text('')
+    data = AVAKineticsDataset(
+        ann_file=str(folder / 'rows.csv'),
+        exclude_file=None,
+        label_file=str(folder / 'labels.pbtxt'),
+        pipeline=[],
+        data_prefix=dict(img=''),
+    )
+    frames = set()
+    for length, interval in (4, 16), (8, 8), (16, 4), (32, 2):
+        for offset in range(-interval // 2, (interval + 1) // 2):
+            for test_mode in True, False:
+                sampler = SampleAVAFrames(length, interval, test_mode=test_mode)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(np.random, 'randint', lambda *_, size: np.full(size, offset))
+                    frames |= set(sampler.transform(data.get_data_info(0))['frame_inds'].tolist())
+    return frames
+
+
+@pytest.mark.parametrize('second', [900, 901, 1000, 1798, 1799, 1800])
+def test_the_verdict_is_the_loaders(tmp_path, second):
+    """Each frame around a keyframe is deleted in turn."""
+    folder = tmp_path / 'rawframes' / MOVIES[0]
+    folder.mkdir(parents=True)
+    keyframe = (second - 900) * 30
+    frames = range(max(0, keyframe - 60), keyframe + 61)
+    for index in frames:
+        (folder / f'img_{index:05d}.jpg').write_bytes(b'frame')
+    table = pd.DataFrame(dict(clip=MOVIES[0], second=[second]))
+    needed = asked_for(tmp_path, second)
+    assert len(needed) >= 30 and not softlink_ava.look_at_all([table], tmp_path)
+    for index in frames:
+        (folder / f'img_{index:05d}.jpg').rename(tmp_path / 'away')
+        found = softlink_ava.look_at_all([table], tmp_path)
+        assert bool(found) == (index in needed), index
+        (tmp_path / 'away').rename(folder / f'img_{index:05d}.jpg')
+
+
+def make_old(root, ava):
+    numbered_source(root / f'videos/{CLIP}.mp4', dict(seconds=4))
+    for frame in (root / f'rawframes/{CLIP}').iterdir():
+        os.utime(frame, (0, 0))
+
+
+STEP_4 = 'repeat Step 4: python3 {repo}/extract_rgb_frames.py --avakinetics_root={root}'
+STEP_7A = 'do Step 7a: python3 {repo}/merge_annotations.py --avakinetics_root={root} --split=train'
+CASES = {  # what happens to the data set -> what the report says: name, reason, remedy
+    'no validation file': (
+        lambda root, ava: (root / 'annotations/ava_val_v2.2.csv').unlink(),
+        ('ava_val_v2.2.csv', 'file missing', "copy it from AVA's annotation folder"),
+    ),
+    'other rows': (
+        lambda root, ava: (root / 'kinetics_train.csv').write_text(ROW * 2),
+        ('ava_train_v2.2.csv', 'other Kinetics rows than kinetics_train.csv', STEP_7A),
+    ),
+    'no list': (
+        lambda root, ava: (root / 'kinetics_train.csv').unlink(),
+        ('kinetics_train.csv', 'file missing', 'do Step 5 (prepare_annotation.py)'),
+    ),
+    'not merged': (
+        lambda root, ava: shutil.copy(root / LIST.replace('.csv', '.ava_only.csv'), root / LIST),
+        ('ava_train_v2.2.csv', 'other Kinetics rows than kinetics_train.csv', STEP_7A),
+    ),
+    'pickle': (
+        lambda root, ava: (root / PICKLE).write_bytes(b'broken'),
+        (PICKLE.split('/')[1], 'unreadable proposals', STEP_7A),
+    ),
+    'empty frame': (
+        lambda root, ava: (root / f'rawframes/{CLIP}/img_00007.jpg').write_bytes(b''),
+        (CLIP, 'frames missing or empty: 1 of 120, first img_00007.jpg', STEP_4),
+    ),
+    'missing frames': (
+        lambda root, ava: [
+            (root / f'rawframes/{CLIP}/img_{index:05d}.jpg').unlink() for index in (120, 99)
+        ],
+        (CLIP, 'frames missing or empty: 2 of 120, first img_00099.jpg', STEP_4),
+    ),
+    'older frames': (make_old, (CLIP, 'frames older than their clip', STEP_4)),
+    'frame of AVA': (
+        lambda root, ava: (ava / 'rawframes/-5KQ66BBWC4/img_02961.jpg').unlink(),
+        (
+            'AVA -5KQ66BBWC4',
+            'frames missing or empty: 1 of 71, first img_02961.jpg',
+            "extract AVA's frames again",
+        ),
+    ),
+    'no clip': (
+        lambda root, ava: shutil.rmtree(root / f'rawframes/{CLIP}'),
+        (
+            CLIP,
+            'clip missing or broken: 0 of 120 frames',
+            'remove it and repeat Step 3 (cut_kinetics.py)',
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_what_is_missing_is_named_with_what_mends_it(worlds, name):
+    (root, ava), (change, (where, reason, remedy)) = worlds, CASES[name]
+    assert link(root, ava).stdout.endswith(READY)
+    change(root, ava)
+    done = link(root, ava, code=1)
+    remedy = remedy.format(repo=softlink_ava.__file__.rsplit('/', 1)[0], root=root)
+    assert [where, reason, remedy] in read_report(root, 'softlink_ava')
+    assert f'1 with {reason.split(":")[0]}, such as {where}: {reason}; {remedy}' in done.stdout
+    assert 'error: the data set is not ready for training: ' in errors(done)
+    page = (root / 'report.html').read_text()
+    assert 'NOT ready for training' in page and reason in page.replace('&#x27;', "'")
+
+
+def test_suggested_commands_can_be_pasted(worlds, tmp_path):
+    root, ava = worlds
+    (tmp_path / 'a b (c)').mkdir()
+    root = root.rename(tmp_path / "a b (c)/it's")
+    shutil.copy(root / LIST.replace('.csv', '.ava_only.csv'), root / LIST)
+    link(root, ava, code=1)
+    ((_, _, remedy),) = read_report(root, 'softlink_ava')
+    command = shlex.split(remedy.split(': ', 1)[1])
+    assert command[0] == 'python3' and command[2] == f'--avakinetics_root={root}'
+    subprocess.run(remedy.split(': ', 1)[1], shell=True, check=True, capture_output=True)
+    assert link(root, ava).stdout.endswith(READY)
+
+
+@pytest.mark.parametrize('seconds', [4, 3.5, 0])
+def test_clips_that_are_read_as_videos_have_their_frames(worlds, seconds):
+    root, ava = worlds
+    shutil.rmtree(root / 'rawframes')
+    clip = root / f'videos/{CLIP}.mp4'
+    numbered_source(clip, dict(seconds=seconds or 1))
+    if not seconds:
+        clip.write_bytes(clip.read_bytes()[:500])
+    if seconds == 4:
+        assert link(root, ava).stdout.endswith(READY)
+    else:
+        reason = f'clip missing or broken: {round(seconds * 30)} of 120 frames'
+        assert reason in errors(link(root, ava, code=1))
+
+
+@pytest.mark.parametrize('merged', [False, True])
+def test_the_kinetics_validation_part_is_checked_where_it_was_prepared(worlds, merged):
+    root, ava = worlds
+    clip = 'bbbbbbbbbbb_000103_000107'
+    (root / 'kinetics_val.csv').write_text(ROW.replace(CLIP, clip))
+    (root / 'kinetics_val_proposal.pkl').write_bytes(pickle.dumps({}))
+    fake_frames(root / 'rawframes', clip)
+    title, movies = 'Kinetics validation', 0
+    if merged:
+        (root / 'annotations/ava_val_v2.2.csv').write_text(f'{MOVIES[0]},1000,0,0,1,1,12,0\n')
+        run('merge_annotations.py', f'--avakinetics_root={root}', '--split=val')
+        title, movies = 'Validation on AVA and Kinetics', 1
+    said = link(root, ava).stdout
+    assert f'{title}: 1 Kinetics clips and {movies} AVA movies, 0 of them not complete' in said
+    assert said.endswith(READY) and f'<h2>{title}</h2>' in (root / 'report.html').read_text()
+    (root / f'rawframes/{clip}/img_00001.jpg').unlink()
+    done = link(root, ava, code=1)
+    assert f'{title}: 1 Kinetics clips and {movies} AVA movies, 1 of them not' in done.stdout
+    assert 'Training: 1 Kinetics clips and 2 AVA movies, 0 of them not complete' in done.stdout
+
+
+def test_the_page_says_how_the_data_set_was_made(worlds):
+    root, ava = worlds
+    options = dict(short_side=256, av='1.2.3')
+    (root / 'reports/cut_kinetics_options.json').write_text(json.dumps(options))
+    options = dict(checkpoint='<x>.pth', score_thr=0.8, neighbors=1)
+    (root / 'reports/fetch_proposal_train.json').write_text(json.dumps(options))
+    link(root, ava)
+    page = (root / 'report.html').read_text()
+    assert 'cut_kinetics_options: short_side 256, av 1.2.3' in page
+    assert 'fetch_proposal_train: checkpoint &lt;x&gt;.pth, score_thr 0.8, neighbors 1' in page
+    assert 'AVA-Kinetics: Ready for training' in page and '4x16, 8x8, 16x4, 32x2' in page
+
+
+def test_a_keyframe_that_an_early_step_left_out_is_not_counted_again(worlds):
+    root, ava = worlds
+    header, rows = 'video_id,timestamp,reason\n', 'a,5,file missing: x\nb,6,file missing: y\n'
+    (root / 'reports/cut_kinetics_train.csv').write_text(header + rows)
+    rows = 'a,5,no clip\nb,6,no clip\nc,7,no clip\n,,malformed annotation: line 3: x\n' * 1
+    (root / 'reports/prepare_annotation_train.csv').write_text(header + rows)
+    assert softlink_ava.count_reasons(root / 'reports', 'train') == [
+        ('Step 3', 'file missing', 2),
+        ('Step 5', 'no clip', 1),
+        ('Step 5', 'malformed annotation', 1),
+    ]
+
+
+def test_errors_say_what_to_do(worlds, tmp_path):
+    root, ava = worlds
+    assert "is AVA's own folder" in errors(link(root, root, code=1))
+    assert 'set --ava_root' in errors(link(root, tmp_path / 'none', code=1))
+    (tmp_path / 'bare/rawframes').mkdir(parents=True)
+    assert 'holds no folder' in errors(link(root, tmp_path / 'bare', code=1))
+    assert 'do Step 3' in errors(link(tmp_path / 'bare2', ava, code=1))
+    (root / LIST).write_text(ROW + '\nno row\n')
+    link(root, ava, code=1)
+    rows = [row[:2] for row in read_report(root, 'softlink_ava')]
+    assert [f'line {number} of ava_train_v2.2.csv' for number in (2, 3)] == [
+        name for name, reason in rows if reason == 'malformed row'
+    ]
+    (root / LIST).unlink()
+    message = errors(link(root, ava, code=1))
+    assert re.search(r'do Step 7a: python3 \S+merge_annotations.py --avakinetics_root=', message)
