@@ -356,6 +356,7 @@ def scale(picture: VideoFrame, short_side: int | None) -> VideoFrame:
         dst_colorspace='ITU601',
         dst_color_range='MPEG',
         interpolation='BICUBIC',
+        threads=1,  # more wait for each other where all CPUs are at work
     )
 
 
