@@ -83,7 +83,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             size, peak, memory, seconds = measure(videos, members, workers, Path(folder))
         print(
-            f'{members:>8}{workers:>9}{size / 1e6:>12.0f}{peak / 1e6:>14.2f}{memory:>16.0f}{seconds:>9.1f}'
+            f'{members:>8}{workers:>9}{size / 1e6:>12.0f}{peak / 1e6:>14.2f}{memory:>16.0f}'
+            f'{seconds:>9.1f}'
         )
 
 

@@ -45,15 +45,17 @@ def write_job(annotations: Path, kinetics: Path, copies: int, folder: Path) -> t
 
 
 def plan(annotations: Path, listing: Path, queue) -> None:
-    import pandas  # noqa: F401, whose import is not planning
-
     start = time.perf_counter()
-    keyframes, _, _ = cut_kinetics.read_keyframes(annotations)
-    sources, _ = cut_kinetics.read_sources(listing, set(keyframes.video.tolist()))
-    covered, _ = cut_kinetics.plan_clips(keyframes, sources)
+    keyframes, _ = cut_kinetics.read_keyframes(annotations)
+    sources, _ = cut_kinetics.read_list(listing, keyframes)
+    clips = [
+        cut_kinetics.clip_name(source, cut_kinetics.find_held(source, keyframes))
+        for source in sources
+    ]
+    covered = cut_kinetics.find_clips(clips, keyframes)
     queue.put(
         (
-            len(keyframes),
+            sum(map(len, keyframes.values())),
             len(covered),
             time.perf_counter() - start,
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

@@ -33,7 +33,6 @@ with atheris.instrument_imports(
     import prepare_annotation
     import softlink_ava
 import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
 
 import sample_world  # noqa: E402
 
@@ -55,35 +54,33 @@ SEEDS = [
 
 def read_annotations(data: bytes) -> None:
     FILE.write_bytes(data)
-    keyframes, unpeopled, problems = cut_kinetics.read_keyframes(FILE)
-    assert prepare_annotation.read_annotations(FILE)[1] == problems and unpeopled >= 0
-    assert all(
-        len(video) == 11 and '/' not in video and '.' not in video for video in keyframes.video
-    )
-    assert keyframes.second.between(0, 10**6 - 1).all()
+    rows, problems = cut_kinetics.read_annotations(FILE)
+    assert prepare_annotation.read_annotations(FILE) == (rows, problems)
+    for video, second, _ in rows:
+        assert len(video) == 11 and '/' not in video and '.' not in video and 0 <= second < 10**6
 
 
 def read_list(data: bytes) -> None:
     FILE.write_bytes(data)
-    keyframes = pd.DataFrame(
-        dict(video=['aaaaaaaaaaa', 'bbbbbbbbbbb', 'bbbbbbbbbbb'], second=[5, 0, 7])
-    )
-    sources, _ = cut_kinetics.read_sources(FILE, set(keyframes.video))
-    for clip in cut_kinetics.plan_clips(keyframes, sources)[1].itertuples():
-        assert clip.offset >= 0 < clip.seconds <= clip.end - clip.start - clip.offset
-        assert prepare_annotation.CLIP_NAME.fullmatch(clip.name[:-4])
+    keyframes = {'aaaaaaaaaaa': [5], 'bbbbbbbbbbb': [0, 7]}
+    with contextlib.suppress(SystemExit):
+        for source in cut_kinetics.read_list(FILE, keyframes)[0]:
+            held = cut_kinetics.find_held(source, keyframes)
+            start, end = cut_kinetics.clip_range(source, held)
+            assert source.start <= start <= min(held) <= max(held) < end <= source.end
 
 
 def read_datalist(data: bytes) -> None:
     FILE.write_bytes(data)
-    table, _ = fetch_proposal.read_datalist(FILE)
-    for key, clip, second in fetch_proposal.plan_frames(
-        list(zip(table['clip'], table['second'])), 1
-    ):
-        assert key == f'{clip[:11]},{second:04d}' and int(clip[12:18]) <= second < int(clip[19:25])
-    rows = merge_annotations.read_rows(FILE, merge_annotations.CLIP, [])
-    assert all(re.match(merge_annotations.CLIP + ',', row) for row in rows)
-    softlink_ava.read_annotations(FILE)
+    with contextlib.suppress(SystemExit):
+        keyframes, _ = fetch_proposal.read_datalist(FILE)
+        for key, clip, second, *_ in fetch_proposal.plan_frames(keyframes, 1, Path()):
+            assert key == f'{clip[:11]},{second:04d}'
+            assert int(clip[12:18]) <= second < int(clip[19:25])
+    with contextlib.suppress(SystemExit):
+        rows = merge_annotations.read_rows(FILE, merge_annotations.CLIP, [])
+        assert all(re.match(merge_annotations.CLIP + ',', row) for row in rows)
+    softlink_ava.read_rows(FILE, [])
 
 
 def read_proposals(data: bytes) -> None:
