@@ -103,7 +103,7 @@ class Unusable(Exception):
     """A video out of which a clip cannot be cut; its text is the reason."""
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description='Step 3: cut the annotated clips out of the Kinetics-700 videos.'
     )
@@ -161,7 +161,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar='ADDRESS',
         help='work on the Dask cluster of this scheduler, such as tcp://host:8786',
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
     if args.kinetics_list and args.kinetics_archives:
         sys.exit('error: give --kinetics_list or --kinetics_archives, not both')
     if args.num_workers < 1 and args.num_workers != -1:
@@ -277,8 +281,8 @@ def decode(path: str, start: float) -> Iterator[tuple[float, VideoFrame, str | N
     ):
         log.clear()
         stream = video.streams.best('video')  # not cover art
-        if not stream:
-            raise Unusable('unreadable video: it holds no pictures')
+        if not stream or not stream.codec_context:
+            raise Unusable('unreadable video: it holds no pictures that can be decoded')
         stream.thread_type = 'NONE'
         stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}
         zero, now, fault, held = None, 0, None, deque()
@@ -298,14 +302,12 @@ def decode(path: str, start: float) -> Iterator[tuple[float, VideoFrame, str | N
                 fault = f'{words[0]}, at {now:.1f} s'
             log.clear()  # what demuxing the next packet brings belongs to that
             for picture in pictures:
-                ticks = picture.pts if picture.pts is not None else picture.dts
-                if ticks is None:
+                if picture.time is None:  # of a damaged packet
                     continue
-                at = float(ticks * picture.time_base)
                 if zero is None:
-                    begin = at if video.start_time is None else video.start_time / av.time_base
-                    zero = begin if at - begin > MAX_LEAD_S else at
-                now = at - zero
+                    begin = (video.start_time or 0) / av.time_base
+                    zero = begin if picture.time - begin > MAX_LEAD_S else picture.time
+                now = picture.time - zero
                 held.append((now, picture))
                 if len(held) > DELAY:
                     yield *held.popleft(), fault

@@ -153,7 +153,8 @@ def extract_clip(clip: str, args: argparse.Namespace) -> str | None:
             os.replace(args.frames / clip, f'{work}.old')
         os.replace(work, args.frames / clip)
         return None
-    except (av.FFmpegError, IndexError, ValueError) as error:  # IndexError: it has no pictures
+    # IndexError: no pictures; AttributeError: no decoder for them
+    except (av.FFmpegError, IndexError, AttributeError, ValueError) as error:
         return f'unreadable clip: {getattr(error, "strerror", None) or error}'
     finally:
         for folder in work, f'{work}.old':

@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -124,7 +123,7 @@ def first_line(error: Exception) -> str:
     return f'{type(error).__name__}: {error}'.splitlines()[0]
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description='Step 6: detect the people on the annotated keyframes.'
     )
@@ -157,6 +156,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help='seconds before and after each keyframe that get proposals too: 1 as in MMAction2; '
         '0 is all that its training reads, a third of the work (default: %(default)s)',
     )
+    add_running(parser)
+    return parser
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say with which detector and where the step runs."""
     detector = parser.add_argument_group('detector')
     detector.add_argument(
         '--config',
@@ -200,7 +205,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar='ADDRESS',
         help='work on the Dask cluster of this scheduler, such as tcp://host:8786',
     )
-    args = parser.parse_args(argv)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
     if args.neighbors < 0 or (args.num_gpus or 0) < 0:
         sys.exit('error: --neighbors and --num_gpus must be 0 or more')
     if args.batch_size is not None and args.batch_size < 1:
@@ -758,23 +766,6 @@ def detect_all(frames: list[Frame], args: argparse.Namespace, checkpoint: Path) 
             yield from found or [(frame.key, failure) for frame in chunk]
 
 
-@contextlib.contextmanager
-def open_notes(path: Path):
-    """The file of detections, to append to, of one run at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a', encoding='utf-8', buffering=1) as file:
-        try:
-            # the kernel lets go when this process ends
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            reason = 'wait for it to end, or set --picklepath'
-            sys.exit(f'error: another run is at work on {path.stem}; {reason}')
-        except OSError:  # of some file servers, such as Lustre mounted without flock
-            where = f'{path.parent} has no file locks'
-            print(f'{where}: let no other run of this step work there', file=sys.stderr)
-        yield file
-
-
 def fetch(args: argparse.Namespace) -> None:
     """Detect what is not there yet, write the pickle and the report, say what came of it."""
     root, target = args.avakinetics_root, args.picklepath
@@ -792,7 +783,11 @@ def fetch(args: argparse.Namespace) -> None:
             people[key] = known[key, *state]
     left, before = [frame for key, frame in frames.items() if key not in people], len(people)
     if left:
-        with open_notes(notes) as file, tqdm(total=len(left), desc='detect') as bar:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            open(notes, 'a', encoding='utf-8', buffering=1) as file,  # a line at once
+            tqdm(total=len(left), desc='detect') as bar,
+        ):
             start = json.dumps(dict(detector=identity, score_thr=args.score_thr))
             file.write(f'\n{start}\n')  # on a line of its own after a torn one
             for key, found in detect_all(left, args, checkpoint):

@@ -138,31 +138,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def link_folder(source: Path, link: Path) -> str:
-    """Make `link` point to the folder `source`, unless it is a real folder; says what was done."""
-    outcome = 'linked now'
-    if link.is_symlink():
-        if os.readlink(link) == str(source):
-            return 'linked already'
-        outcome = 'broken or wrong links mended'
-    elif link.exists():
-        return 'real folders left alone'
-    part = link.with_name(f'.{link.name}.part')
-    part.unlink(missing_ok=True)  # of a killed run
-    part.symlink_to(source)
-    os.replace(part, link)
-    return outcome
-
-
 def link_all(ava: Path, frames: Path) -> None:
-    """Link the folders of all AVA movies, say what was done."""
+    """Link the folders of all AVA movies, unless real folders are there; say what was done."""
     names = [name for name in sorted(os.listdir(ava)) if not name.startswith('.')]
     movies = [name for name in names if os.path.isdir(ava / name)]
     if not movies:
         sys.exit(f'error: {ava} holds no folder of frames; extract the frames of AVA')
+    outcomes = Counter()
     try:
         frames.mkdir(exist_ok=True)  # without raw frames of Kinetics, AVA's are the first
-        outcomes = Counter(link_folder(ava / movie, frames / movie) for movie in movies)
+        for movie in movies:
+            link, part = frames / movie, frames / f'.{movie}.part'
+            linked, there = link.is_symlink(), link.exists()
+            if linked and os.readlink(link) == str(ava / movie):
+                outcomes['linked already'] += 1
+            elif there and not linked:
+                outcomes['real folders left alone'] += 1
+            else:
+                outcomes['broken or wrong links mended' if linked else 'linked now'] += 1
+                part.unlink(missing_ok=True)  # of a killed run
+                part.symlink_to(ava / movie)
+                os.replace(part, link)
     except OSError as error:
         reason = f'({error.strerror}); copy {ava} there instead'
         sys.exit(f'error: no link can be made in {frames} {reason}')
@@ -201,16 +197,15 @@ def window(second: int) -> range:
 def lacking_frames(folder: Path, wanted: Iterable[int], since: float) -> str | None:
     """Which of the wanted frames are missing, empty or older than a time (s)."""
     try:
-        found = {entry.name: entry.stat() for entry in os.scandir(folder)}
+        entries = list(os.scandir(folder))
+        made = {entry.name: entry.stat().st_mtime for entry in entries if entry.stat().st_size}
     except OSError:
-        found = {}
-    frames = {index: found.get(f'img_{index:05d}.jpg') for index in wanted}
-    missing = [index for index, state in frames.items() if not state or not state.st_size]
+        made = {}
+    names = [f'img_{index:05d}.jpg' for index in sorted(wanted)]
+    missing = [name for name in names if name not in made]
     if missing:
-        where = f'{len(missing):,} of {len(frames):,}, first img_{min(missing):05d}.jpg'
-        return f'frames missing or empty: {where}'
-    old = any(state.st_mtime < since for state in frames.values())
-    return 'frames older than their clip' if old else None
+        return f'frames missing or empty: {len(missing):,} of {len(names):,}, first {missing[0]}'
+    return 'frames older than their clip' if any(made[name] < since for name in names) else None
 
 
 def look_at_clip(name: str, raw: bool, root: Path) -> Problem | None:
@@ -399,13 +394,11 @@ def draw_bars(counts: pd.DataFrame, title: str, x_label: str, y_label: str, **op
 
 
 def draw_plots(boxes: pd.DataFrame, keyframes: pd.DataFrame, table: pd.DataFrame) -> str:
-    """Plots of boxes, people, clips and actions by source, as HTML."""
+    """Plots of boxes, people and actions by source, as HTML."""
     from pandas import crosstab
 
     heights = ((boxes.y2 - boxes.y1) * 5).astype(int).clip(0, 4) / 5
     people = keyframes.boxes.clip(upper=6)
-    clips = keyframes[keyframes.source == 'Kinetics'].drop_duplicates('clip')
-    lengths = clips['clip'].str[-6:].astype(int) - clips['clip'].str[-13:-7].astype(int)
     actions = crosstab(table.action_name, table.source)
     actions = actions.loc[actions.sum(axis=1).sort_values().index]
     figures = draw_bars(
@@ -417,9 +410,6 @@ def draw_plots(boxes: pd.DataFrame, keyframes: pd.DataFrame, table: pd.DataFrame
     figures += draw_bars(
         crosstab(people, keyframes.source), 'People', 'on a keyframe; 6: or more', 'keyframes'
     )
-    if len(clips):
-        lengths = crosstab(lengths, clips.source)
-        figures += draw_bars(lengths, 'Length of the clips', 'seconds', 'clips')
     figures += draw_bars(actions, 'Actions', 'annotations', '', kind='barh', logx='sym')
     return f'<div class="grid">{figures}</div>'
 

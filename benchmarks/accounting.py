@@ -36,18 +36,20 @@ def write_list(kinetics: Path, path: Path) -> None:
 
 def make_clips(annotations: Path, listing: Path, root: Path) -> None:
     """An empty file for every clip that Step 3 plans, and its frames as links to one empty file."""
-    keyframes, _, _ = cut_kinetics.read_keyframes(annotations)
-    sources, _ = cut_kinetics.read_sources(listing, set(keyframes.video))
-    (root / 'videos').mkdir(parents=True)
-    cut_kinetics.note_options(
-        cut_kinetics.parse_args([f'--avakinetics_root={root}'])
-    )  # as if Step 3 had made them
+    keyframes, _ = cut_kinetics.read_keyframes(annotations)
+    sources, _ = cut_kinetics.read_list(listing, keyframes)
+    args = cut_kinetics.parse_args([f'--avakinetics_root={root}'])
+    args.videos.mkdir(parents=True)
+    cut_kinetics.note_options(args)  # as if Step 3 had made them
     made = 0
-    for clip in cut_kinetics.plan_clips(keyframes, sources)[1].itertuples():
-        (root / 'videos' / clip.name).touch()
-        folder = root / 'rawframes' / clip.name[:-4]
+    for source in sources:
+        held = cut_kinetics.find_held(source, keyframes)
+        start, end = cut_kinetics.clip_range(source, held)
+        name = cut_kinetics.clip_name(source, held)
+        (args.videos / name).touch()
+        folder = root / 'rawframes' / name[:-4]
         folder.mkdir(parents=True)
-        for frame in range(1, clip.seconds * 30 + 1):
+        for frame in range(1, (end - start) * 30 + 1):
             if made % 60_000 == 0:  # ext4 allows a file 65,000 names
                 empty = root / f'empty{made}'
                 empty.touch()

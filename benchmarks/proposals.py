@@ -84,7 +84,7 @@ def write_frames(root: Path, count: int) -> list[fetch_proposal.Frame]:
         for second in range(4):
             image = draw.draw_frame(scene, second, [(340, 256), (426, 240)][scene % 2])[0]
             cv2.imwrite(str(root / f'rawframes/{clip}/img_{second * 30 + 1:05d}.jpg'), image)
-            frames.append(fetch_proposal.Frame(f'{clip[:11]},{second:04d}', clip, second))
+            frames += fetch_proposal.plan_frames([(clip, second)], 0, root)
     return frames[:count]
 
 
@@ -134,10 +134,10 @@ def count_operations(options: fetch_proposal.Options, frame: fetch_proposal.Fram
     """Floating point operations of one frame, multiplications and additions counted apart."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, pipeline = fetch_proposal.start_detector(options)
-    _, data = next(fetch_proposal.load_frames([frame], options, pipeline))
+    model, pipeline, device = fetch_proposal.start_detector(options)
+    _, data = next(fetch_proposal.load_frames([frame], options.root, pipeline))
     with FlopCounterMode(display=False) as counter:
-        fetch_proposal.predict(model, [data], options.device, False)
+        fetch_proposal.predict(model, [data], device, False)
     return counter.get_total_flops()
 
 
@@ -165,16 +165,14 @@ def settings(gpu: bool, batch_sizes: list[int]) -> list[dict]:
     own = dict(
         batch_size=8 if gpu else 4,
         amp=False,
-        layout=torch.channels_last,
-        autotuning=True,
+        layout=torch.contiguous_format,
+        autotuning=False,
         tf32=False,
     )
-    changes = [dict(batch_size=size) for size in batch_sizes] + [
-        dict(layout=torch.contiguous_format)
-    ]
+    changes = [dict(batch_size=size) for size in batch_sizes] + [dict(layout=torch.channels_last)]
     if gpu:
-        changes += [dict(autotuning=False), dict(tf32=True)]
-    changes += [dict(amp=True), dict(amp=True, layout=torch.contiguous_format)]
+        changes += [dict(autotuning=True), dict(tf32=True)]
+    changes += [dict(amp=True), dict(amp=True, layout=torch.channels_last)]
     if gpu:
         changes += [dict(amp=True, batch_size=size) for size in batch_sizes if size > 8]
     return [{**own, **change} for change in changes]
@@ -183,9 +181,8 @@ def settings(gpu: bool, batch_sizes: list[int]) -> list[dict]:
 def describe(setting: dict) -> str:
     words = [f'batch size {setting["batch_size"]}']
     words += ['--amp'] * setting['amp'] + ['TF32 products'] * setting['tf32']
-    words += ['NCHW'] * (setting['layout'] == torch.contiguous_format) + ['no autotuning'] * (
-        not setting['autotuning']
-    )
+    words += ['channels-last'] * (setting['layout'] == torch.channels_last)
+    words += ['autotuning'] * setting['autotuning']
     return ', '.join(words)
 
 
@@ -216,21 +213,21 @@ def main() -> None:
             root,
             args.config.absolute(),
             checkpoint.absolute(),
-            args.device,
+            None,
             0.7 if args.checkpoint else 0.05,
             False,
             1,
-            4,
             (),
         )
-        model, _ = fetch_proposal.build_detector(base)
+        fetch_proposal.own_device = lambda gpus: args.device
+        model, _ = fetch_proposal.build_detector(base.config, base.checkpoint)
         model.cfg = fetch_proposal.load_config(base.config, True)
         model.to(args.device)
 
         def loop() -> dict:
             found = {}
             for frame in frames:
-                answer = inference_detector(model, str(fetch_proposal.frame_file(root, frame)))
+                answer = inference_detector(model, str(root / frame.file))
                 found[frame.key] = fetch_proposal.people_of(answer, base.score_thr)
             return found
 
@@ -258,9 +255,9 @@ def main() -> None:
                 fetch_proposal.start_detector(options)[0].to(memory_format=setting['layout'])
             torch.backends.cudnn.benchmark = setting['autotuning']
             torch.backends.cuda.matmul.allow_tf32 = setting['tf32']
-            found = dict(fetch_proposal.detect(frames, options))  # warms up: cuDNN tries each size
+            found = dict(fetch_proposal.detect(frames, options))  # warms up
             runs = [
-                timed(lambda: list(fetch_proposal.detect(frames, options)), args.device)
+                timed(lambda: fetch_proposal.detect(frames, options), args.device)
                 for _ in range(args.rounds)
             ]
             seconds, busy = (statistics.median(run[i] for run in runs) for i in (0, 1))

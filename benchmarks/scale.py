@@ -9,6 +9,7 @@ files of each folder, and of Step 7.
 """
 
 import importlib.util
+import itertools
 import os
 import pickle
 import shutil
@@ -34,18 +35,13 @@ def cut_again(folder: Path) -> list[str]:
 
 
 def make(folder: Path, clips: int) -> None:
-    """A finished data set of so many clips, and what it was made from: a list of videos and
-    annotations.
+    """A finished data set of so many clips and movies of AVA, 235 for 100,000 clips, and what it
+    was made from: a list of videos and annotations.
     """
     root, ava = folder / 'root', folder / 'ava'
-    for path in (
-        root / 'videos',
-        root / 'rawframes',
-        root / 'annotations',
-        ava / 'rawframes/-5KQ66BBWC4',
-    ):
+    for path in root / 'videos', root / 'rawframes', root / 'annotations', ava / 'rawframes':
         path.mkdir(parents=True)
-    (ava / 'rawframes/-5KQ66BBWC4/img_00061.jpg').write_text('x')
+    movies = [f'movie_{index:05d}' for index in range(max(1, clips * 235 // 100_000))]
     names = [f'{index:011d}' for index in range(clips)]
     (folder / 'list.txt').write_text(
         ''.join(f'class/{name}_000000_000010.mp4 1\n' for name in names)
@@ -61,7 +57,12 @@ def make(folder: Path, clips: int) -> None:
         f'{name},{second:04d}': np.full((2, 5), 0.9) for name in names for second in (4, 5, 6)
     }
     (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps(proposals))
-    (root / 'annotations/ava_train_v2.2.csv').write_text('-5KQ66BBWC4,0902,0.1,0.1,0.5,0.9,12,0\n')
+    rows = (
+        f'{movie},{second:04d},0.1,0.1,0.5,0.9,12,0\n'
+        for movie in movies
+        for second in range(902, 1799)
+    )
+    (root / 'annotations/ava_train_v2.2.csv').write_text(''.join(rows))
     for name in (
         'ava_action_list_v2.2_for_activitynet_2019.pbtxt',
         'ava_train_excluded_timestamps_v2.2.csv',
@@ -71,14 +72,26 @@ def make(folder: Path, clips: int) -> None:
     ):
         (root / 'annotations' / name).touch()
     (root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(
-        pickle.dumps({'-5KQ66BBWC4,0902': np.full((1, 5), 0.9)})
+        pickle.dumps({f'{movies[0]},0902': np.full((1, 5), 0.9)})
     )
     # nothing is there to cut yet, but Step 3 notes the options of the clips that are about to come
     subprocess.run(
         [sys.executable, *cut_again(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     (folder / 'class').mkdir()
-    made = 0
+    made = itertools.count()
+
+    def link(folder: Path, count: int) -> None:
+        folder.mkdir()
+        for frame in range(1, count + 1):
+            number = next(made)
+            source = ava.parent / f'frame_{number // LINKS}'
+            if number % LINKS == 0:
+                source.write_text('x')
+            os.link(source, folder / f'img_{frame:05d}.jpg')
+
+    for movie in movies:
+        link(ava / 'rawframes' / movie, 27_000)
     for name in names:
         for video in (
             folder / f'class/{name}_000000_000010.mp4',
@@ -86,14 +99,7 @@ def make(folder: Path, clips: int) -> None:
         ):
             video.touch()
             os.utime(video, (0, 0))  # older than the frames, of which the first is made first
-        clip = root / f'rawframes/{name}_000003_000007'
-        clip.mkdir()
-        for frame in range(1, 121):
-            if made % LINKS == 0:
-                source = folder / f'frame_{made // LINKS}'
-                source.write_text('x')
-            os.link(source, clip / f'img_{frame:05d}.jpg')
-            made += 1
+        link(root / f'rawframes/{name}_000003_000007', 120)
 
 
 def run(*command) -> tuple[float, float]:

@@ -113,7 +113,7 @@ def test_interrupted_says_so_in_one_line_and_the_next_run_goes_on(job, step, tmp
     finish(job, step, root)
 
 
-@pytest.mark.parametrize('step', ['cut', 'cut archives', 'extract', 'fetch', 'merge'])
+@pytest.mark.parametrize('step', ['cut', 'cut archives', 'extract', 'merge'])
 def test_a_second_run_is_refused_while_the_first_works(job, step, tmp_path):
     root = copy_before(job, step, tmp_path)
     with held(job.command(step, root), tmp_path / 'notes', WORKING[step][0]) as first:
@@ -233,7 +233,7 @@ def test_a_folder_that_may_not_be_entered_is_told(job, step, tmp_path):
     assert 'Permission denied' in done.stderr
 
 
-@pytest.mark.parametrize('step', ['cut', 'extract', 'fetch', 'merge'])
+@pytest.mark.parametrize('step', ['cut', 'extract', 'merge'])
 def test_a_file_server_without_locks_is_worked_on_all_the_same(job, step, tmp_path, monkeypatch):
     """As on Lustre mounted without flock; simulated, since that needs a server."""
 

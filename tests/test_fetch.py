@@ -1,7 +1,6 @@
 """Step 6: real detections of a real detector, equal to what mmdet gives frame by frame."""
 
 import argparse
-import fcntl
 import functools
 import http.server
 import itertools
@@ -285,15 +284,6 @@ def test_only_what_is_new_is_detected(tmp_path):
     }
     found = overlap(changed['scene-00001,0012'][:, :4], whole['scene-00002,0012'][:, :4])
     assert found.shape[0] == found.shape[1] and (found.max(1) > 0.8).all()
-
-
-def test_another_run_on_the_same_pickle_is_refused(small, tmp_path):
-    root = shutil.copytree(small, tmp_path / 'root')
-    with open(root / FRAMES, 'a') as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        message = errors(fetch(root, '--amp', code=1))
-    assert 'another run is at work on kinetics_proposal.pkl.frames;' in message
-    fetch(root, '--amp')
 
 
 def test_unreadable_frames_cost_themselves_only(small, tmp_path):

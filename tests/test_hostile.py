@@ -138,6 +138,7 @@ VIDEOS = {
         for share, reason in ((3, UNREADABLE), (30, DAMAGED), (60, DAMAGED), (98, DAMAGED))
     },
     'bytes changed': (lambda data, _: shuffled(data), DAMAGED),
+    'unknown codec': (lambda data, _: data.replace(b'avc1', b'zzzz'), UNREADABLE),
     'picture': (
         lambda data, _: cv2.imencode('.jpg', np.zeros((90, 120, 3), np.uint8))[1].tobytes(),
         UNREADABLE,
@@ -620,6 +621,7 @@ CLIPS = {
     'Matroska': lambda data: ffmpeg(
         '-f', 'lavfi', '-i', 'testsrc=s=64x64:d=4:r=30', '-c:v', 'libx264', '-f', 'matroska'
     ),
+    'unknown codec': lambda data: data.replace(b'avc1', b'zzzz'),
     'wrong length': lambda data: ffmpeg(
         '-f',
         'lavfi',

@@ -87,7 +87,7 @@ def test_keyframes_show_annotations_and_proposals(root):
         base64.b64decode(plot).decode()
         for plot in re.findall(r'data:image/svg[+]xml;base64,([^"]+)', page)
     ]
-    assert len(plots) == 4 and 'talk to (e.g., self, a person, a group) 79' in ''.join(plots)
+    assert len(plots) == 3 and 'talk to (e.g., self, a person, a group) 79' in ''.join(plots)
 
 
 @pytest.mark.skipif(not CHROMIUM, reason='needs Chromium')
