@@ -567,9 +567,7 @@ def run_all(
     finally:
         for child in active_children() if todo else ():  # interrupted
             child.kill()
-        for future in todo:
-            future.cancel()
-        executor.shutdown()
+        executor.shutdown(wait=not (killed and todo))  # a cluster's items are cancelled
 
 
 def cut_all(

@@ -647,9 +647,7 @@ def run_all(
     finally:
         for child in active_children() if todo else ():  # interrupted
             child.kill()
-        for future in todo:
-            future.cancel()
-        executor.shutdown()
+        executor.shutdown(wait=not (killed and todo))  # a cluster's items are cancelled
 
 
 def read_detections(path: Path, identity: str, score_thr: float) -> dict[tuple, np.ndarray]:

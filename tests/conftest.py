@@ -120,6 +120,7 @@ def prepare_validation(mmaction2: Path) -> None:
     ):
         line = line.replace('$CONFIG', config).replace('$CHECKPOINT', checkpoint)
         line = line.replace('$AVAKINETICS_ROOT', f'{mmaction2}/data/ava_kinetics')
+        line = line.replace('$AVA_ROOT', f'{mmaction2}/data/ava')
         script, *options = line.split()[1:]
         run(script, *options, cwd=place, env=os.environ | environment)
 

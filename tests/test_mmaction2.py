@@ -2,6 +2,9 @@
 result.
 """
 
+import os
+import subprocess
+
 import cv2
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import pytest
 import demo
 import draw
 import sample_world
-from helpers import overlap, read_report, load
+from helpers import here, load, overlap, read_report, snapshot
 
 # clip_len x frame_interval of MMAction2's AVA-Kinetics configs
 WINDOWS = [(4, 16), (8, 8), (16, 4)]
@@ -37,6 +40,18 @@ def test_readme_commands_again_change_nothing(mmaction2):
     assert mmaction2.notes['after again'] == mmaction2.notes['after first']
     said = mmaction2.notes['again']
     assert '0 cut now' in said and '0 extracted now' in said and '  0 frames detected now' in said
+
+
+def test_the_list_of_step_1_is_one_find_away(mmaction2, tmp_path):
+    """With paths such as ./class/video.mp4, and no label."""
+    listed = dict(MMACTION2=str(mmaction2.path), KINETICS_LIST=f'{tmp_path}/list.txt')
+    command = demo.readme_commands('### Step 1')[0]
+    subprocess.run(command, shell=True, check=True, env=os.environ | listed)
+    notes = mmaction2.path / 'tools/data/ava_kinetics/ava_kinetics_v1_0'
+    options = f'--avakinetics_anotation={notes}', f'--avakinetics_root={tmp_path}/root'
+    folder = mmaction2.path / 'data/kinetics700/videos_train'
+    here('cut_kinetics.py', *options, f'--kinetics_list={tmp_path}/list.txt', cwd=folder)
+    assert snapshot(tmp_path / 'root/videos') == snapshot(mmaction2.root / 'videos')
 
 
 def dataset(root, clip_len, frame_interval, test_mode):
