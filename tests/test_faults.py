@@ -113,6 +113,17 @@ def test_interrupted_says_so_in_one_line_and_the_next_run_goes_on(job, step, tmp
     finish(job, step, root)
 
 
+def test_one_worker_is_interrupted_in_the_scripts_own_process(job, tmp_path):
+    at = r'os.rename .*/videos/00000000004_'
+    command = job.command('cut', tmp_path / 'root', '--num_workers=1')
+    with held(command, tmp_path / 'notes', at) as process:
+        assert held_processes(tmp_path / 'notes') == [process.pid]
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=300)
+    assert (process.returncode, said(err)) == (130, INTERRUPTED)
+    assert not list((tmp_path / 'root/videos').glob('00000000004_*'))
+
+
 @pytest.mark.parametrize('step', ['cut', 'cut archives', 'extract', 'merge'])
 def test_a_second_run_is_refused_while_the_first_works(job, step, tmp_path):
     root = copy_before(job, step, tmp_path)
