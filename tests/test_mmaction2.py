@@ -51,7 +51,8 @@ def test_the_list_of_step_1_is_one_find_away(mmaction2, tmp_path):
     options = f'--avakinetics_anotation={notes}', f'--avakinetics_root={tmp_path}/root'
     folder = mmaction2.path / 'data/kinetics700/videos_train'
     here('cut_kinetics.py', *options, f'--kinetics_list={tmp_path}/list.txt', cwd=folder)
-    assert snapshot(tmp_path / 'root/videos') == snapshot(mmaction2.root / 'videos')
+    cut = snapshot(tmp_path / 'root/videos')
+    assert len(cut) == 10 and cut.items() <= snapshot(mmaction2.root / 'videos').items()
 
 
 def dataset(root, clip_len, frame_interval, test_mode):
