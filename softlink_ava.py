@@ -321,8 +321,8 @@ def tell(problems: Iterable[Problem]) -> list[str]:
     for problem in problems:
         kinds[problem.reason.split(':')[0], problem.remedy].append(problem)
     return [
-        f'{len(found):,} with {kind}, such as {found[0].name}: {found[0].reason}; {remedy}'
-        for (kind, remedy), found in kinds.items()
+        f'{len(found):,} like ' * (len(found) > 1) + f'{found[0].name}: {found[0].reason}; {remedy}'
+        for (_, remedy), found in kinds.items()
     ]
 
 

@@ -188,10 +188,20 @@ def test_what_is_missing_is_named_with_what_mends_it(worlds, name):
     done = link(root, ava, code=1)
     remedy = remedy.format(repo=softlink_ava.__file__.rsplit('/', 1)[0], root=root)
     assert [where, reason, remedy] in read_report(root, 'softlink_ava')
-    assert f'1 with {reason.split(":")[0]}, such as {where}: {reason}; {remedy}' in done.stdout
+    assert f'  {where}: {reason}; {remedy}\n' in done.stdout
     assert 'error: the data set is not ready for training: ' in errors(done)
     page = (root / 'report.html').read_text()
     assert 'NOT ready for training' in page and reason in page.replace('&#x27;', "'")
+
+
+def test_many_of_a_kind_are_one_line(worlds):
+    root, ava = worlds
+    for movie in MOVIES:
+        (ava / f'rawframes/{movie}/img_03000.jpg').unlink()
+    said = link(root, ava, code=1).stdout
+    assert (
+        '  2 like AVA -5KQ66BBWC4: frames missing or empty: 1 of 71, first img_03000.jpg;' in said
+    )
 
 
 def test_suggested_commands_can_be_pasted(worlds, tmp_path):
