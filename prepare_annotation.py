@@ -127,7 +127,7 @@ def look_at(clip: Clip, root: Path) -> tuple[bool, str]:
     total, problem, video = (clip.end - clip.start) * FPS, '', root / f'videos/{clip.name}.mp4'
     try:
         missing = frame_names(total).difference(os.listdir(root / 'rawframes' / clip.name))
-        problem = 'frames older than their clip'
+        problem = 'frames older than their clip: all'
         if missing:
             problem = f'frames missing: {len(missing)} of {total}, first {min(missing)}'
         elif not is_older(root / f'rawframes/{clip.name}/img_00001.jpg', video):

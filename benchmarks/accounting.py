@@ -47,7 +47,10 @@ def make_clips(annotations: Path, listing: Path, root: Path) -> None:
         start, end = cut_kinetics.clip_range(source, held)
         name = cut_kinetics.clip_name(source, held)
         (args.videos / name).touch()
+        os.utime(args.videos / name, (0, 0))  # older than the frames, which are links
         folder = root / 'rawframes' / name[:-4]
+        if folder.exists():  # some videos are listed twice, under two labels
+            continue
         folder.mkdir(parents=True)
         for frame in range(1, (end - start) * 30 + 1):
             if made % 60_000 == 0:  # ext4 allows a file 65,000 names

@@ -14,6 +14,7 @@ import decord
 import pytest
 
 import draw
+import fetch_proposal
 from helpers import (
     REPO,
     annotation_rows,
@@ -189,6 +190,24 @@ def test_step_5_takes_each_clip_as_it_is(job):
     prepare(job)
     assert report(job, 'prepare_annotation_train') == [
         ['aaaaaaaaaaa', '105', f'frames missing: 1 of 120, first img_00077.jpg in {CLIP}']
+    ]
+
+
+def test_frames_of_another_run_of_step_3_are_no_frames(job):
+    """Steps 5 and 6 read the videos then; without them Step 5 says why."""
+    extract(job)
+    for name in os.listdir(job / 'root/videos'):
+        os.utime(job / f'root/videos/{name}')
+        for frame in (job / f'root/rawframes/{name[:-4]}').iterdir():
+            os.utime(frame, (0, 0))
+    assert '0 by their raw frames, 2 by their videos' in prepare(job).stdout
+    files = {fetch_proposal.find_file(job / 'root', CLIP, 105)[0]}
+    assert files == {f'videos/{CLIP}.mp4'}
+    (job / f'root/videos/{CLIP}.mp4').write_bytes(b'broken')
+    said = prepare(job).stdout
+    assert '  1 left out: frames older than their clip\n' in said
+    assert report(job, 'prepare_annotation_train') == [
+        ['aaaaaaaaaaa', '105', f'frames older than their clip: all in {CLIP}']
     ]
 
 
