@@ -243,8 +243,8 @@ def read_list(path: Path, keyframes: Keyframes) -> tuple[list[Source], list[tupl
                 problems.append(('', '', f'malformed list line: {reason}'))
     held = [source for source, wanted in sources.items() if wanted]
     if not held:
-        first = '' if sources or not problems else f': {problems[0][2]}'
-        sys.exit(f'error: {path} holds no annotated video{first}; is it of this split?')
+        first = '; is it of this split?' if sources or not problems else f': {problems[0][2]}'
+        sys.exit(f'error: {path} holds no annotated video{first}')
     return held, problems
 
 

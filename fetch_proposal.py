@@ -228,8 +228,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     ):
         if not path.is_file():
             sys.exit(f'error: {path} is not a file; {wanted}')
-    if args.picklepath.is_dir():
-        sys.exit(f'error: {args.picklepath} is a folder; set --picklepath to a file')
+    if args.picklepath.is_dir() or args.picklepath == args.datalist:
+        sys.exit(f'error: {args.picklepath} is a folder or the list; set --picklepath to a pickle')
     return args
 
 

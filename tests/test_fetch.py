@@ -423,7 +423,8 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
     (tmp_path / 'broken.py').write_text('model = dict(')
     assert 'is not a valid mmdetection config' in refusal(f'--config={tmp_path}/broken.py')
     assert 'set --checkpoint' in refusal('--checkpoint=none.pth')
-    assert 'is a folder; set --picklepath to a file' in refusal(f'--picklepath={tmp_path}')
+    for wrong in tmp_path, fetched[0] / 'kinetics_train.csv':
+        assert 'is a folder or the list; set --picklepath' in refusal(f'--picklepath={wrong}')
     for url in 'http://127.0.0.1:9/x.pth', 'http://127.0.0.1:9/a name.pth':
         assert 'cannot be downloaded' in refusal(f'--checkpoint={url}')
     whole, random = TINY[1].split('=')[1], np.random.default_rng(0)
