@@ -777,5 +777,3 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == '__main__':
     importlib.import_module(Path(__file__).stem).main()  # under the name by which workers import it
-    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to interrupt
-        signal.signal(number, signal.SIG_IGN)

@@ -105,6 +105,11 @@ class Frame(NamedTuple):
         """Its number in the clip, from 0."""
         return (self.second - int(self.clip[-13:-7])) * FPS
 
+    @property
+    def state(self) -> tuple[str, str, int, int]:
+        """What tells a frame that changed."""
+        return self.key, self.file, self.size, self.mtime
+
 
 class Options(NamedTuple):
     """The data set, the detector and how it runs; gpus is None if a worker uses what it has."""
@@ -774,11 +779,9 @@ def fetch(args: argparse.Namespace) -> None:
     settings = json.dumps(settings, sort_keys=True, default=str)
     identity = f'{digest_of(settings.encode())} {digest_of(checkpoint.read_bytes())} {args.amp}'
     frames = {frame.key: frame for frame in plan_frames(keyframes, args.neighbors, root)}
-    notes, people, unreadable = target.with_name(f'{target.name}.frames.jsonl'), {}, {}
+    notes, unreadable = target.with_name(f'{target.name}.frames.jsonl'), {}
     known = read_detections(notes, identity, args.score_thr) if notes.exists() else {}
-    for key, (_, _, _, *state) in frames.items():
-        if (key, *state) in known:
-            people[key] = known[key, *state]
+    people = {key: known[frame.state] for key, frame in frames.items() if frame.state in known}
     left, before = [frame for key, frame in frames.items() if key not in people], len(people)
     if left:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -793,15 +796,18 @@ def fetch(args: argparse.Namespace) -> None:
                 if isinstance(found, str):
                     unreadable[key] = found
                     continue
-                people[key], (_, _, _, *state) = found, frames[key]
-                file.write(json.dumps(dict(zip(NOTED, (key, *state, found.tolist())))) + '\n')
+                people[key], noted = found, (*frames[key].state, found.tolist())
+                file.write(json.dumps(dict(zip(NOTED, noted))) + '\n')
     rows = sorted((*key.rsplit(',', 1), reason) for key, reason in unreadable.items()) + problems
     report = root / f'reports/fetch_proposal_{args.name}.csv'
     write_csv(report, [('video_id', 'timestamp', 'reason'), *rows])
     if not people:
         sys.exit(f'error: not one frame could be read; {report} says why')
-    proposals = {key: people[key][people[key][:, 4] > args.score_thr] for key in sorted(people)}
-    proposals = {key: found for key, found in proposals.items() if len(found)}
+    proposals = {
+        key: kept
+        for key, found in sorted(people.items())
+        if len(kept := found[found[:, 4] > args.score_thr])
+    }
     content = io.BytesIO()
     Pickler(content, protocol=4).dump(proposals)
     # a trailer, which unpicklers ignore: Step 7 refuses a pickle of another list

@@ -215,8 +215,6 @@ def merge(kinetics: Paths, ava: Paths, merged: Paths, report: Path, copy_ava: st
     write(merged.proposals, content.getvalue() + MERGED)
     write_csv(report, [('video_id', 'timestamp', 'reason'), *problems])
 
-    keyframes = {(row[:11], int(row.split(',', 2)[1])) for row in rows + ava_rows}
-    bare = sum(f'{video},{second:04d}' not in proposals for video, second in keyframes)
     print(
         f'{len(rows) + len(ava_rows)} rows in {merged.rows}: {len(rows)} of Kinetics, '
         f'{len(ava_rows)} of AVA'
@@ -226,10 +224,6 @@ def merge(kinetics: Paths, ava: Paths, merged: Paths, report: Path, copy_ava: st
         f'{len(proposals) - len(ava_proposals)} of Kinetics, {len(ava_proposals)} of AVA'
         + f' ({collisions} keys in both)'
         * bool(collisions)
-    )
-    print(
-        f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes the '
-        'whole frame there'
     )
     if problems:
         print(f'  {len(problems)} rows or proposals left out: malformed; report: {report}')

@@ -56,7 +56,13 @@ BOX = ['x1', 'y1', 'x2', 'y2']
 COLUMNS = ['clip', 'second', *BOX, 'action']
 RECALL = ['clip', 'second', 'boxes', 'met']  # columns of Step 6's report that are shown
 LABELS = 'ava_action_list_v2.2_for_activitynet_2019.pbtxt'
-NEEDED = LABELS, 'ava_train_excluded_timestamps_v2.2.csv', 'ava_val_excluded_timestamps_v2.2.csv'
+NEEDED = [
+    LABELS,
+    'ava_train_excluded_timestamps_v2.2.csv',
+    'ava_val_v2.2.csv',
+    'ava_val_excluded_timestamps_v2.2.csv',
+    'ava_dense_proposals_val.FAIR.recall_93.9.pkl',
+]
 SHOWN = 12  # keyframes of each kind on the page
 WIDTH = 480  # pixels of a keyframe on the page
 GREEN, ORANGE = (60, 220, 60), (0, 140, 255)  # BGR
@@ -105,12 +111,15 @@ class Problem(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A list of annotations with its proposals; split says which part of Kinetics is in it."""
+    """A list of annotations with its proposals; split says which part of Kinetics is in it.
+
+    Of a list without Kinetics the proposals are not looked at.
+    """
 
     title: str
     split: str
     rows: Path
-    proposals: Path
+    proposals: Path | None = None
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -210,14 +219,14 @@ def lacking_frames(folder: Path, wanted: Iterable[int], since: float) -> str | N
 
 def look_at_clip(name: str, raw: bool, root: Path) -> Problem | None:
     """What a clip lacks: as frames, or as a video as decord counts its frames."""
-    import decord
-
     video, total = root / f'videos/{name}.mp4', (int(name[-6:]) - int(name[-13:-7])) * FPS
     if raw:
         since = video.stat().st_mtime if video.exists() else 0
         reason = lacking_frames(root / 'rawframes' / name, range(1, total + 1), since)
         remedy = f'repeat Step 4: {command("extract_rgb_frames.py", root)}'
         return reason and Problem(name, reason, remedy)
+    import decord
+
     decord.logging.set_level(decord.logging.QUIET)
     try:
         count = len(decord.VideoReader(str(video), num_threads=1)) if video.is_file() else 0
@@ -251,11 +260,11 @@ def read_proposals(path: Path) -> dict[str, np.ndarray] | None:
 
 def find_parts(root: Path) -> list[Part]:
     """Training, AVA's validation and, if it was prepared, the Kinetics validation part."""
-    notes, ava = root / 'annotations', 'ava_dense_proposals_{}.FAIR.recall_93.9.pkl'
+    notes, name = root / 'annotations', 'ava_dense_proposals_train.FAIR.recall_93.9.pkl'
     merged = notes / 'ava_kinetics_val_v2.2.csv'
     parts = [
-        Part('Training', 'train', notes / 'ava_train_v2.2.csv', notes / ava.format('train')),
-        Part('AVA validation', '', notes / 'ava_val_v2.2.csv', notes / ava.format('val')),
+        Part('Training', 'train', notes / 'ava_train_v2.2.csv', notes / name),
+        Part('AVA validation', '', notes / 'ava_val_v2.2.csv'),
     ]
     if merged.exists():
         proposals = notes / 'ava_kinetics_dense_proposals_val.pkl'
@@ -268,13 +277,10 @@ def find_parts(root: Path) -> list[Part]:
 
 def look_at_files(part: Part, root: Path, problems: list[Problem]) -> tuple[pd.DataFrame, dict]:
     """The rows and the proposals of a part, after a look at its files."""
-    copy = "copy it from AVA's annotation folder"
-    if not part.rows.exists():
-        problems.append(Problem(part.rows.name, 'file missing', copy))
-        return read_rows(Path(os.devnull), problems), {}
-    table, proposals = read_rows(part.rows, problems), read_proposals(part.proposals)
+    table = read_rows(part.rows if part.rows.exists() else Path(os.devnull), problems)
     if not part.split:
-        return table, proposals or {}
+        return table, {}
+    proposals = read_proposals(part.proposals)
     merge = f'do Step 7a: {command("merge_annotations.py", root)} --split={part.split}'
     kinetics = table[table['clip'].str.len() > 11].reset_index(drop=True)
     own = root / f'kinetics_{part.split}.csv'

@@ -144,3 +144,14 @@ def mmaction2(common):
         without=path / 'data/without',
         notes=json.loads((path / 'notes.json').read_text()),
     )
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Step 6 takes `cpu:0`, a device other than the CPU as far as PyTorch's names go."""
+    import fetch_proposal
+
+    monkeypatch.setattr(fetch_proposal, 'own_device', lambda gpus: 'cpu:0')
+    fetch_proposal.start_detector.cache_clear()
+    yield
+    fetch_proposal.start_detector.cache_clear()

@@ -244,15 +244,6 @@ def operators():
     return sys.modules['mmcv._ext']
 
 
-@pytest.fixture
-def device(monkeypatch):
-    """A device other than the CPU, as far as PyTorch's names go."""
-    monkeypatch.setattr(fetch_proposal, 'own_device', lambda gpus: 'cpu:0')
-    fetch_proposal.start_detector.cache_clear()
-    yield
-    fetch_proposal.start_detector.cache_clear()
-
-
 def test_an_operator_that_the_device_lacks_ends_the_run_before_it_starts(
     root, tmp_path, monkeypatch, device
 ):

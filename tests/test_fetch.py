@@ -622,15 +622,6 @@ def test_a_run_says_where_it_runs(small, tmp_path, monkeypatch):
     assert '0 GPUs are visible to PyTorch, not 2' in errors(done)
 
 
-@pytest.fixture
-def device(monkeypatch):
-    """A device other than the CPU, as far as PyTorch's names go."""
-    monkeypatch.setattr(fetch_proposal, 'own_device', lambda gpus: 'cpu:0')
-    fetch_proposal.start_detector.cache_clear()
-    yield
-    fetch_proposal.start_detector.cache_clear()
-
-
 def test_a_device_that_finds_the_same_people_is_used(fetched, few, device):
     assert_found(dict(fetch_proposal.detect(*few)), fetched, few[0])
 

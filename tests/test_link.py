@@ -134,6 +134,14 @@ CASES = {  # what happens to the data set -> what the report says: name, reason,
         lambda root, ava: (root / 'annotations/ava_val_v2.2.csv').unlink(),
         ('ava_val_v2.2.csv', 'file missing', "copy it from AVA's annotation folder"),
     ),
+    'no proposals to validate with': (
+        lambda root, ava: next((root / 'annotations').glob('ava_dense_proposals_val*')).unlink(),
+        (
+            'ava_dense_proposals_val.FAIR.recall_93.9.pkl',
+            'file missing',
+            "copy it from AVA's annotation folder",
+        ),
+    ),
     'other rows': (
         lambda root, ava: (root / 'kinetics_train.csv').write_text(ROW * 2),
         ('ava_train_v2.2.csv', 'other Kinetics rows than kinetics_train.csv', STEP_7A),
