@@ -48,7 +48,7 @@ from itertools import islice
 from multiprocessing import active_children, get_context
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterable, Iterator, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, Callable, Iterable, Iterator, NamedTuple
 
 from joblib import cpu_count
 from tqdm import tqdm
@@ -82,8 +82,12 @@ PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 AHEAD = 500  # items that a cluster is given at once
 # by their first bytes; tarfile itself stops after the first of several compressed pieces
 OPENERS = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zX': lzma.open}
-VIDEO_ID = re.compile(r'[A-Za-z0-9_-]{11}')
-NOBODY = 0, 0, 1, 1, 1  # passes the checks for rows of two columns, which have no box
+FRACTION = r'(0?\.\d+|[01](?:\.0*)?|\d(?:\.\d+)?e-\d+)'  # 0 to 1
+# video, timestamp and, if somebody is annotated there, box and action
+ROW = re.compile(
+    rf'([A-Za-z0-9_-]{{11}}),(\d{{1,6}})(?:\.\d*)?(?:{f",{FRACTION}" * 4},([1-9]|[1-7]\d|80))?',
+    re.ASCII,
+)
 LABEL = re.compile(r'\s+[+-]?[0-9]+$')  # of a list's line
 NAME = re.compile(r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})\.[A-Za-z0-9]+')
 
@@ -103,14 +107,22 @@ class Unusable(Exception):
     """A video out of which a clip cannot be cut; its text is the reason."""
 
 
+def to_path(text: str) -> Path:
+    """The path that an argument names."""
+    if not text:
+        raise argparse.ArgumentTypeError('it is empty; set its variable as README says')
+    return Path(text).expanduser()
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description='Step 3: cut the annotated clips out of the Kinetics-700 videos.'
+        description='Step 3: cut the annotated clips out of the Kinetics-700 videos.',
+        fromfile_prefix_chars='@',
     )
     parser.add_argument(
         '--avakinetics_anotation',
         '--avakinetics_annotation',
-        type=Path,
+        type=to_path,
         default=Path('ava_kinetics_v1_0'),
         metavar='DIR',
         help='folder of the AVA-Kinetics annotations (default: %(default)s)',
@@ -123,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         '--kinetics_list',
-        type=Path,
+        type=to_path,
         metavar='FILE',
         help='list of the Kinetics-700 videos, a line each: PATH [LABEL] (default: '
         f'{MMACTION2}/data/kinetics700/kinetics700_train_list_videos.txt, _val_ with --split val)',
@@ -144,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         '--avakinetics_root',
-        type=Path,
+        type=to_path,
         default=MMACTION2 / 'data/ava_kinetics',
         metavar='DIR',
         help='folder of the data set (default: %(default)s)',
@@ -172,54 +184,32 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         sys.exit('error: --num_workers must be 1 or more, or -1 for all CPUs')
     if args.short_side is not None and (args.short_side < 2 or args.short_side % 2):
         sys.exit('error: --short_side must be an even number of pixels, such as 256')
-    for index, name in reversed(list(enumerate(args.kinetics_archives))):
-        if name.startswith('@'):
-            lines = map(str.strip, Path(name[1:]).read_text().splitlines())
-            args.kinetics_archives[index : index + 1] = filter(None, lines)
+    args.kinetics_archives = list(filter(None, args.kinetics_archives))  # @FILE has empty lines
     listed = MMACTION2 / f'data/kinetics700/kinetics700_{args.split}_list_videos.txt'
     args.kinetics_list = args.kinetics_list or listed
-    root = args.avakinetics_root.expanduser().absolute()
+    root = args.avakinetics_root.absolute()
     args.videos, args.reports = root / 'videos', root / 'reports'
     args.work = args.videos / f'.cut_kinetics_{args.split}'
+    args.ledger = args.reports / f'cut_kinetics_{args.split}_archives.jsonl'
     return args
-
-
-def read_annotations(path: Path) -> tuple[list[tuple], list[tuple]]:
-    """The rows (video, second, numbers) of an annotation file, and report rows on malformed lines.
-
-    The numbers are x1, y1, x2, y2, relative to the frame, and the action; none where the row has
-    two columns, which name a keyframe on which nobody was annotated.
-    """
-    rows, problems = [], []
-    with open(path, encoding='utf-8-sig', errors='replace') as file:
-        for index, line in enumerate(file, 1):
-            fields = [field.strip().strip('"') for field in line.rstrip(' ,\r\n').split(',')]
-            try:
-                second, *numbers = map(float, fields[1:])
-                x1, y1, x2, y2, action = numbers or NOBODY
-                inside = 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
-                valid = inside and 0 <= second < 1e6 and action in range(1, 81)
-            except ValueError:
-                valid = False
-            if valid and VIDEO_ID.fullmatch(fields[0]):
-                rows.append((fields[0], int(second), numbers))  # as MMAction2 names keyframes
-            elif line.strip():
-                problems.append(('', '', f'malformed annotation: line {index}: {line[:80]!r}'))
-    return rows, problems
 
 
 def read_keyframes(path: Path) -> tuple[Keyframes, list[tuple]]:
     """The seconds on which people are annotated, and report rows on malformed lines."""
     if not path.exists():
         sys.exit(f'error: {path} not found; do Step 2 or set --avakinetics_anotation')
-    rows, problems = read_annotations(path)
-    keyframes = defaultdict(list)
-    for video, second in sorted({(video, second) for video, second, numbers in rows if numbers}):
-        keyframes[video].append(second)
+    keyframes, problems = defaultdict(set), []
+    with open(path, encoding='utf-8-sig', errors='replace') as file:
+        for number, line in enumerate(map(str.strip, file), 1):
+            row = ROW.fullmatch(line.rstrip(','))
+            if row and row[3]:
+                keyframes[row[1]].add(int(row[2]))  # as MMAction2 names keyframes
+            elif line and not row:
+                problems.append(('', '', f'malformed annotation: line {number}: {line[:80]!r}'))
     if not keyframes:
-        first = problems[0][2] if problems else 'it has no rows'
+        first = problems[0][2] if problems else 'nobody is annotated'
         sys.exit(f'error: {path} holds no annotated keyframe: {first}; do Step 2 again')
-    return dict(keyframes), problems
+    return {video: sorted(seconds) for video, seconds in sorted(keyframes.items())}, problems
 
 
 def parse_name(path: str) -> Source | None:
@@ -235,16 +225,16 @@ def read_list(path: Path, keyframes: Keyframes) -> tuple[list[Source], list[tupl
         sys.exit(f'error: {path} not found; do Step 1 or set --kinetics_list')
     sources, problems = {}, []
     with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
-        for number, line in enumerate(file, 1):
-            if source := parse_name(LABEL.sub('', line.strip())):
+        for number, line in enumerate(map(str.strip, file), 1):
+            if source := parse_name(LABEL.sub('', line)):
                 sources[source] = bool(find_held(source, keyframes))
-            elif line.strip():
+            elif line:
                 reason = f'line {number}: no name like ID_000001_000011.mp4: {line[:80]!r}'
                 problems.append(('', '', f'malformed list line: {reason}'))
     held = [source for source, wanted in sources.items() if wanted]
     if not held:
-        first = '; is it of this split?' if sources or not problems else f': {problems[0][2]}'
-        sys.exit(f'error: {path} holds no annotated video{first}')
+        first = problems[0][2] if problems and not sources else 'is it of this split?'
+        sys.exit(f'error: {path} names {len(sources)} videos, none of them annotated: {first}')
     return held, problems
 
 
@@ -264,7 +254,7 @@ def clip_name(source: Source, seconds: list[int]) -> str:
     return '{}_{:06d}_{:06d}.mp4'.format(source.video, *clip_range(source, seconds))
 
 
-def decode(path: str, start: float) -> Iterator[tuple[float, VideoFrame, str | None]]:
+def decode(file: BinaryIO, start: float) -> Iterator[tuple[float, VideoFrame, str | None]]:
     """Yield (time, picture, fault) for each picture of a video; times are in seconds.
 
     The fault is an error with which this picture or an earlier one was decoded. It is forgotten at
@@ -274,11 +264,7 @@ def decode(path: str, start: float) -> Iterator[tuple[float, VideoFrame, str | N
     import av
 
     options = {'format_whitelist': CONTAINERS, 'max_pixels': str(MAX_PIXELS)}
-    with (
-        av.logging.Capture() as log,
-        open(path, 'rb') as file,
-        av.open(file, options=options) as video,
-    ):
+    with av.logging.Capture() as log, av.open(file, options=options) as video:
         log.clear()
         stream = video.streams.best('video')  # not cover art
         if not stream or not stream.codec_context:
@@ -384,22 +370,28 @@ def encode(pictures: Iterator[VideoFrame], short_side: int | None) -> bytes:
     return content.getvalue()
 
 
-def cut_clip(source: Source, seconds: list[int], args: argparse.Namespace) -> str | None:
-    """Cut the clip of these keyframes; returns None, or why it cannot be had from this source."""
+def cut_clip(
+    source: Source, seconds: list[int], content: bytes | None, args: argparse.Namespace
+) -> str | None:
+    """Cut the clip of these keyframes; returns None, or why it cannot be had from this source.
+
+    The source is a file, unless its content is given.
+    """
     import av
 
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)
     start, end = (second - source.start for second in clip_range(source, seconds))
     try:
-        content = encode(nearest(decode(source.path, start), start, end), args.short_side)
+        with io.BytesIO(content) if content else open(source.path, 'rb') as file:
+            clip = encode(nearest(decode(file, start), start, end), args.short_side)
     except Unusable as error:
         return str(error)
     except (av.FFmpegError, OSError, ValueError) as error:  # ValueError: undecodable names
         words = (getattr(error, 'log', None) or [error])[-1]
         return f'unreadable video: {words}'.strip()
     part = args.work / f'{uuid.uuid4().hex}.mp4'
-    part.write_bytes(content)
+    part.write_bytes(clip)
     os.replace(part, args.videos / clip_name(source, seconds))
     return None
 
@@ -427,61 +419,78 @@ class Patient(io.RawIOBase):
         return len(data)
 
 
-class StrictTarInfo(tarfile.TarInfo):
-    """Makes a damaged header an error, where tarfile would take it for the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, tar):
-        try:
-            return super().fromtarfile(tar)
-        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f'damaged archive: {error}') from None
-
-
-def open_archive(name: str) -> tuple:
-    """An archive as a binary file, and its [size, time or ETag]."""
+def open_archive(name: str) -> tuple[BinaryIO, str]:
+    """An archive as a binary file, and what tells its versions apart: size, and time or ETag."""
     if name == '-':
-        return sys.stdin.buffer, []
+        return sys.stdin.buffer, ''
     import fsspec
 
     web = {'client_kwargs': {'trust_env': True}} if name.startswith('http') else {}  # proxies
     system, path = fsspec.url_to_fs(name, **web)
     info = system.info(path)
     changed = info.get('ETag') or info.get('mtime') or info.get('LastModified')
-    return system.open(path), [info['size'], str(changed)]
+    return system.open(path), f'{info["size"]} {changed}'
 
 
-def read_members(file, keyframes: Keyframes, problems: list) -> Iterator[tuple]:
-    """Yield (source, content) of the annotated videos in a tar archive.
+def read_members(file: BinaryIO, keyframes: Keyframes) -> Iterator[tuple]:
+    """Yield (source, content) of the annotated videos in a tar archive."""
+    stream = io.BufferedReader(Patient(file), 1 << 20)
+    for magic, decompress in OPENERS.items():
+        if stream.peek(4).startswith(magic):
+            stream = decompress(stream)
+            break
+    with tarfile.open(fileobj=stream, mode='r|', bufsize=1 << 20, ignore_zeros=True) as tar:
+        while member := tar.next():
+            tar.members.clear()  # else memory grows with the archive
+            source = parse_name(member.name)
+            if source and member.isfile() and find_held(source, keyframes):
+                yield source, tar.extractfile(member).read(MAX_BYTES)
 
-    An archive that cannot be read to its end adds its reason to the problems.
+
+def read_ledger(path: Path) -> dict[str, list[str] | str]:
+    """The clips of each archive that was read to its end, and why clips could not be cut."""
+    noted = {}
+    for line in path.read_text(errors='replace').splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
+            name, outcome = json.loads(line)
+            noted[name] = outcome
+    return noted
+
+
+def note(ledger: Path, name: str, outcome: list[str] | str) -> None:
+    with open(ledger, 'a') as lines:
+        lines.write(f'\n{json.dumps([name, outcome])}\n')  # on a line of its own after a torn one
+
+
+def plan_archives(
+    keyframes: Keyframes, noted: dict, unreadable: list[str], args: argparse.Namespace
+) -> Iterator[tuple]:
+    """Yield an item of `cut_clip` for each video in the archives whose clip is missing.
+
+    An archive that was read to its end is noted, and not read again while its clips are there; one
+    that cannot be is added to `unreadable`.
     """
-    try:
-        stream = io.BufferedReader(Patient(file), 1 << 20)
-        for magic, decompress in OPENERS.items():
-            if stream.peek(4).startswith(magic):
-                stream = decompress(stream)
-                break
-        with tarfile.open(
-            fileobj=stream, mode='r|', bufsize=1 << 20, tarinfo=StrictTarInfo, ignore_zeros=True
-        ) as tar:
-            while member := tar.next():
-                tar.members.clear()  # else memory grows with the archive
-                source = parse_name(member.name)
-                if source and member.isfile() and find_held(source, keyframes):
-                    yield source, tar.extractfile(member).read(MAX_BYTES)
-    except Exception as error:  # remote file systems raise what their libraries do
-        problems.append(repr(error))
-
-
-def cut_copy(source: Source, seconds: list[int], args: argparse.Namespace) -> str | None:
-    """`cut_clip` out of a temporary copy, which is removed."""
-    try:
-        return cut_clip(source, seconds, args)
-    finally:
-        Path(source.path).unlink(missing_ok=True)  # a cluster may have run this item twice
+    digest = hashlib.sha256(json.dumps(keyframes).encode()).hexdigest()
+    for archive in tqdm(args.kinetics_archives, 'archives', delay=1, leave=False):
+        clips = set()
+        try:
+            file, version = open_archive(archive)
+            name = f'{Path(archive).name} {version} {digest}'
+            if name in noted and all(
+                clip in noted or (args.videos / clip).exists() for clip in noted[name]
+            ):
+                continue
+            for source, content in read_members(file, keyframes):
+                seconds = find_held(source, keyframes)
+                clip = clip_name(source, seconds)
+                clips.add(clip)
+                if not (args.videos / clip).exists():
+                    yield source, seconds, content, args
+        except Exception as error:  # remote file systems raise what their libraries do
+            unreadable.append(f'{archive}: {type(error).__name__}: {error}')
+        else:
+            if version:
+                note(args.ledger, name, sorted(clips))
 
 
 @contextlib.contextmanager
@@ -494,9 +503,8 @@ def workspace(path: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
-    except OSError:  # of some file servers, such as Lustre mounted without flock
-        where = f'{path.parent} has no file locks'
-        print(f'{where}: let no other run of this step work there', file=sys.stderr)
+    except OSError:  # of file servers without locks, such as Lustre mounted without flock
+        pass
     try:
         yield
     finally:
@@ -570,17 +578,6 @@ def run_all(
         executor.shutdown(wait=not (killed and todo))  # a cluster's items are cancelled
 
 
-def cut_all(
-    function: Callable, items: Iterable[tuple], args: argparse.Namespace, **bar
-) -> dict[str, str | None]:
-    """Cut all items; returns for each clip None, or why it could not be cut."""
-    outcomes = {}
-    with contextlib.closing(run_all(function, items, args)) as answers:
-        for item, answer, failure in tqdm(answers, unit='clip', delay=1, leave=False, **bar):
-            outcomes[clip_name(*item[:2])] = answer or failure
-    return outcomes
-
-
 def look_up(source: Source, folders: list[Path], clip: Path) -> tuple[str | None, bool]:
     """Where a listed video lies, and whether its clip is there and not older than the video."""
     places = (os.path.join(folder, source.path) for folder in folders)
@@ -592,10 +589,12 @@ def look_up(source: Source, folders: list[Path], clip: Path) -> tuple[str | None
     return path, made >= changed or changed > time.time()  # ignoring times in the future
 
 
-def cut_list(
+def plan_list(
     sources: list[Source], keyframes: Keyframes, args: argparse.Namespace
-) -> dict[str, str | None]:
-    """Cut all clips out of listed files; returns what `cut_all` does."""
+) -> tuple[list[tuple], dict[str, str]]:
+    """An item of `cut_clip` for each listed file whose clip is missing or older, and why other
+    clips cannot be cut.
+    """
     folder, missing, items = args.kinetics_list.absolute().parent, {}, []
     folders = [Path.cwd(), folder, folder / f'videos_{args.split}']
     held = [find_held(source, keyframes) for source in sources]
@@ -607,93 +606,29 @@ def cut_list(
         if not path and not done:
             missing[clip] = f'file missing: {source.path}'
         elif not done:
-            items.append((source._replace(path=path), seconds, args))
-    return missing | cut_all(cut_clip, items, args, desc='cut', total=len(items))
-
-
-def copy_members(
-    members: Iterator[tuple], keyframes: Keyframes, clips: set, args: argparse.Namespace
-) -> Iterator[tuple]:
-    """Yield an item of `cut_copy` for each video whose clip is missing; `clips` gets all clips."""
-    for source, content in members:
-        seconds = find_held(source, keyframes)
-        clip = args.videos / clip_name(source, seconds)
-        clips.add(clip)
-        if not clip.exists():
-            copy = args.work / f'{uuid.uuid4().hex}.{Path(source.path).name}'
-            copy.write_bytes(content)
-            yield source._replace(path=str(copy)), seconds, args
-
-
-def cut_archives(
-    keyframes: Keyframes, args: argparse.Namespace
-) -> tuple[dict[str, str | None], list[str]]:
-    """Cut all clips out of archives; returns what `cut_all` does, and which cannot be read.
-
-    Those that were read to their end are noted, and not read again while their clips are there.
-    """
-    ledger = args.reports / f'cut_kinetics_{args.split}_archives.jsonl'
-    noted, outcomes, unreadable = [], {}, []
-    for line in ledger.read_text(errors='replace').splitlines() if ledger.exists() else ():
-        with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-            noted.append(json.loads(line))
-            outcomes |= noted[-1]['failed']
-    digest = hashlib.sha256(json.dumps(keyframes).encode()).hexdigest()
-    for archive in args.kinetics_archives:
-        name, file, version, problems, clips = Path(archive).name, None, [], [], set()
-        try:
-            file, version = open_archive(archive)
-        except Exception as error:  # remote file systems raise what their libraries do
-            problems.append(repr(error))
-        key = [name, digest, *version]  # an archive that cannot be opened has its name only
-        if any(
-            entry['archive'][: len(key)] == key
-            and all((args.videos / clip).exists() for clip in entry['clips'])
-            for entry in noted
-        ):
-            if not file:
-                print(f'{archive} cannot be opened; its clips are there already')
-            continue
-        if file:
-            members = read_members(file, keyframes, problems)
-            items = copy_members(members, keyframes, clips, args)
-            now = cut_all(cut_copy, items, args, desc=name)
-            outcomes |= now
-        if problems:
-            unreadable.append(f'{archive}: {problems[0]}')
-        elif version:
-            there = sorted(clip.name for clip in clips if clip.exists())
-            failed = {clip: reason for clip, reason in now.items() if reason}
-            with open(ledger, 'a') as lines:
-                lines.write(f'\n{json.dumps(dict(archive=key, clips=there, failed=failed))}\n')
-    return outcomes, unreadable
+            items.append((source._replace(path=path), seconds, None, args))
+    return items, missing
 
 
 def note_options(args: argparse.Namespace) -> None:
     """Note what shapes the clips; exits if there are clips that were made with other options."""
     import av
 
-    note = args.reports / 'cut_kinetics_options.json'
-    options = dict(
-        short_side=args.short_side,
-        av=av.__version__,
-        encoder=str([ENCODER, SMALL, LARGE, LARGE_SIDE, CLIP_FORMAT]),
-    )
-    try:
-        noted = json.loads(note.read_text())
-    except (FileNotFoundError, ValueError):
-        noted = {}
-    others = [
-        f'{name}={noted.get(name, "unknown")}, not {value}'
-        for name, value in options.items()
-        if noted.get(name, 'unknown') != value
-    ]
-    if others and any(args.videos.glob('*.mp4')):
+    path, noted = args.reports / 'cut_kinetics_options.json', {}
+    options = dict(short_side=args.short_side, av=av.__version__, clip_format=CLIP_FORMAT)
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        noted = json.loads(path.read_text())
+    if noted != options and any(args.videos.glob('*.mp4')):
+        differ = [
+            f'{name}={noted.get(name)}, not {value}'
+            for name, value in options.items()
+            if noted.get(name) != value
+        ]
         sys.exit(
-            f'error: the clips in {args.videos} were made with {"; ".join(others)}; give the same '
+            f'error: the clips in {args.videos} were made with {"; ".join(differ)}; give the same '
             'options and install the same av, or move these clips away'
         )
-    write(note, json.dumps(options).encode())
+    write(path, json.dumps(options).encode())
 
 
 def write(path: Path, content: bytes) -> None:
@@ -724,29 +659,46 @@ def cut(args: argparse.Namespace) -> None:
     """Cut the clips, write the report, say what came of it."""
     annotations = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
     keyframes, problems = read_keyframes(annotations)
-    if not args.kinetics_archives:
-        sources, malformed = read_list(args.kinetics_list, keyframes)
-        problems += malformed
     unreadable = []
-    with workspace(args.work):
+    if args.kinetics_archives:
+        noted = read_ledger(args.ledger)
+        outcomes = {clip: reason for clip, reason in noted.items() if isinstance(reason, str)}
+        items, total = plan_archives(keyframes, noted, unreadable, args), None
+    else:
+        sources, malformed = read_list(args.kinetics_list, keyframes)
+        items, outcomes = plan_list(sources, keyframes, args)
+        problems, total = problems + malformed, len(items)
+    with workspace(args.work), contextlib.closing(run_all(cut_clip, items, args)) as answers:
         note_options(args)
-        if args.kinetics_archives:
-            outcomes, unreadable = cut_archives(keyframes, args)
-        else:
-            outcomes = cut_list(sources, keyframes, args)
-    held, failed = (find_clips(names, keyframes) for names in (os.listdir(args.videos), outcomes))
+        for item, answer, failure in tqdm(answers, 'cut', total, unit='clip', delay=1, leave=False):
+            clip = clip_name(*item[:2])
+            outcomes[clip] = answer or failure
+            if outcomes[clip] and args.kinetics_archives:
+                note(args.ledger, clip, outcomes[clip])
+    problems += [('', '', f'unreadable archive: {reason}') for reason in unreadable]
+    held = find_clips(os.listdir(args.videos), keyframes)
+    tell(held, outcomes, keyframes, problems, args)
+    if unreadable:
+        sys.exit(f'error: {len(unreadable)} archives cannot be read to the end: {unreadable[0]}')
+    if not held:
+        sys.exit('error: not one clip could be cut; the report says why')
+
+
+def tell(
+    held: dict, outcomes: dict, keyframes: Keyframes, problems: list, args: argparse.Namespace
+) -> None:
+    """Write the report and print the summary."""
+    failed, rows = find_clips(outcomes, keyframes), []
     wanted = [(video, second) for video, seconds in keyframes.items() for second in seconds]
-    rows = []
     for keyframe in wanted:
         reason = outcomes.get(held.get(keyframe, failed.get(keyframe)))
         if keyframe not in held:
             rows.append((*keyframe, reason or 'no video that could be read holds this second'))
         elif reason and not args.kinetics_archives:  # its source is newer, and broken
             rows.append((*keyframe, f'older clip kept: {reason}'))
-    rows += problems + [('', '', f'unreadable archive: {reason}') for reason in unreadable]
+    rows += problems
     report = args.reports / f'cut_kinetics_{args.split}.csv'
     write_csv(report, [('video_id', 'timestamp', 'reason'), *rows])
-
     clips = set(held.values())
     made = sum(outcomes.get(clip, 'there') is None for clip in clips)
     print(
@@ -757,15 +709,10 @@ def cut(args: argparse.Namespace) -> None:
         print(f'  {reason}: {count:,}')
     if rows:
         print(f'  report: {report}')
-    if unreadable:
-        sys.exit(f'error: {len(unreadable)} archives cannot be read to the end: {unreadable[0]}')
-    if not held:
-        sys.exit('error: not one clip could be cut; the report says why')
 
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-    sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     try:
         cut(parse_args(argv))
     except OSError as error:  # a full disk, missing permissions

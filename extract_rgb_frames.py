@@ -54,11 +54,18 @@ PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 AHEAD = 500  # items that a cluster is given at once
 
 
+def to_path(text: str) -> Path:
+    """The path that an argument names."""
+    if not text:
+        raise argparse.ArgumentTypeError('it is empty; set its variable as README says')
+    return Path(text).expanduser()
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Step 4: turn the clips into JPEG frames.')
     parser.add_argument(
         '--avakinetics_root',
-        type=Path,
+        type=to_path,
         default=MMACTION2 / 'data/ava_kinetics',
         metavar='DIR',
         help='folder of the data set (default: %(default)s)',
@@ -78,7 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.num_workers < 1 and args.num_workers != -1:
         sys.exit('error: --num_workers must be 1 or more, or -1 for all CPUs')
-    root = args.avakinetics_root.expanduser().absolute()
+    root = args.avakinetics_root.absolute()
     args.videos, args.frames, args.reports = root / 'videos', root / 'rawframes', root / 'reports'
     args.work = args.frames / '.extract_rgb_frames'
     return args
@@ -171,9 +178,8 @@ def workspace(path: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f'error: another run of this step is at work in {path.parent}; wait for it to end')
-    except OSError:  # of some file servers, such as Lustre mounted without flock
-        where = f'{path.parent} has no file locks'
-        print(f'{where}: let no other run of this step work there', file=sys.stderr)
+    except OSError:  # of file servers without locks, such as Lustre mounted without flock
+        pass
     try:
         yield
     finally:
@@ -295,7 +301,6 @@ def write_csv(path: Path, rows: list[tuple]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-    sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     try:
         extract(parse_args(argv))
     except OSError as error:  # a full disk, missing permissions

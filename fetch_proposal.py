@@ -29,7 +29,6 @@ import importlib.util
 import io
 import json
 import logging
-import math
 import os
 import pickle
 import re
@@ -69,8 +68,6 @@ CHECKPOINT = (
 )
 FPS = 30
 PERSON = 0  # COCO's class
-# share of annotated boxes below which the summary warns; AVA's own proposals reach 0.939
-LOW_RECALL = 0.6
 CHUNK, CPU_CHUNK = 1024, 64  # frames that a process gets at once, and what a kill loses
 LOADERS = 4  # threads that load frames, in each process
 # Before it starts, a GPU is compared with the CPU on one of the first frames: the people who score
@@ -79,7 +76,11 @@ LOADERS = 4  # threads that load frames, in each process
 FIRST_FRAMES = 8
 CLEAR_SCORE, MAX_BOX_SHIFT, MAX_SCORE_SHIFT = 0.6, 0.05, 0.1
 NOTED = 'key', 'file', 'size', 'mtime', 'people'  # in a frame's line of the file of detections
-CLIP_NAME = re.compile(r'[A-Za-z0-9_-]{11}_([0-9]{6})_([0-9]{6})')
+FRACTION = r'(-?\d*\.?\d+)'
+# clip, second, box, action, entity
+ROW = re.compile(
+    rf'([A-Za-z0-9_-]{{11}}_\d{{6}}_\d{{6}}),(\d+){f",{FRACTION}" * 4},\d+,-?\d+', re.ASCII
+)
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 AHEAD = 500  # items that a cluster is given at once
 
@@ -128,6 +129,13 @@ def first_line(error: Exception) -> str:
     return f'{type(error).__name__}: {error}'.splitlines()[0]
 
 
+def to_path(text: str) -> Path:
+    """The path that an argument names."""
+    if not text:
+        raise argparse.ArgumentTypeError('it is empty; set its variable as README says')
+    return Path(text).expanduser()
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description='Step 6: detect the people on the annotated keyframes.'
@@ -135,20 +143,20 @@ def build_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group('data')
     data.add_argument(
         '--avakinetics_root',
-        type=Path,
+        type=to_path,
         default=MMACTION2 / 'data/ava_kinetics',
         metavar='DIR',
         help='folder of the data set (default: %(default)s)',
     )
     data.add_argument(
         '--datalist',
-        type=Path,
+        type=to_path,
         metavar='CSV',
         help='annotations written by Step 5 (default: ROOT/kinetics_train.csv)',
     )
     data.add_argument(
         '--picklepath',
-        type=Path,
+        type=to_path,
         metavar='PKL',
         help='where the proposals go (default: ROOT/kinetics_proposal.pkl, or '
         'ROOT/kinetics_val_proposal.pkl for ROOT/kinetics_val.csv)',
@@ -170,7 +178,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     detector = parser.add_argument_group('detector')
     detector.add_argument(
         '--config',
-        type=Path,
+        type=to_path,
         metavar='PY',
         default=Path(__file__).with_name('X-101-64x4d-FPN.py'),
         help='mmdetection config of the detector (default: X-101-64x4d-FPN.py beside this script)',
@@ -221,7 +229,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if not 0 <= args.score_thr < 1:
         sys.exit('error: --score_thr must be at least 0 and below 1')
     # absolute, since a cluster's workers are in other folders
-    root = args.avakinetics_root = args.avakinetics_root.expanduser().absolute()
+    root = args.avakinetics_root = args.avakinetics_root.absolute()
+    args.reports = root / 'reports'
     args.datalist = (args.datalist or root / 'kinetics_train.csv').absolute()
     args.name = args.datalist.stem.removeprefix('kinetics_')
     part = '' if args.name == 'train' else f'_{args.name}'
@@ -238,28 +247,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_datalist(path: Path) -> tuple[dict[tuple[str, int], set], list[tuple]]:
-    """The annotated boxes of each keyframe (clip, second), and report rows on malformed lines.
+def read_datalist(path: Path) -> dict[tuple[str, int], set]:
+    """The annotated boxes of each keyframe (clip, second).
 
     A box is x1, y1, x2, y2, relative to the frame.
     """
-    keyframes, problems = defaultdict(set), []
-    with open(path, encoding='utf-8-sig', errors='replace') as file:
-        for number, line in enumerate(file, 1):
-            clip, *fields = line.strip().split(',')
-            name = CLIP_NAME.fullmatch(clip)
-            try:
-                second, _ = int(fields[0]), int(fields[5])
-                box = tuple(map(float, fields[1:5]))
-            except (ValueError, IndexError):
-                name = None
-            if name and all(map(math.isfinite, box)) and int(name[1]) <= second < int(name[2]):
-                keyframes[clip, second].add(box)
-            else:
-                problems.append(('', '', f'malformed row: line {number} of {path.name}'))
+    keyframes = defaultdict(set)
+    for number, line in enumerate(path.read_text(errors='replace').splitlines(), 1):
+        row = ROW.fullmatch(line)
+        if not row:
+            sys.exit(f'error: line {number} of {path} is none that Step 5 writes; repeat Step 5')
+        clip, second, *box = row.groups()
+        keyframes[clip, int(second)].add(tuple(map(float, box)))
     if not keyframes:
-        sys.exit(f'error: {path} holds no annotated keyframe; is it what Step 5 wrote?')
-    return keyframes, problems
+        sys.exit(f'error: {path} is empty; repeat Step 5')
+    return keyframes
 
 
 def key_of(clip: str, second: int) -> str:
@@ -355,8 +357,6 @@ def use_torchvision_operators() -> None:
         return nms(boxes + boxes.new_tensor([0, 0, offset, offset]), scores, iou_threshold)
 
     def torchvision_roi_align(features, rois, output, *unused, **options):
-        if options['pool_mode'] == 0:
-            unavailable('roi_align with max pooling')()
         size = options['aligned_height'], options['aligned_width']
         rest = (options[name] for name in ('spatial_scale', 'sampling_ratio', 'aligned'))
         output.copy_(roi_align(features, rois, size, *rest))
@@ -458,22 +458,15 @@ def own_device(gpus: int | None) -> str:
 
 
 def predict(model: Module, batch: list[dict], device: str, amp: bool) -> list:
-    """The detector's answers to frames of equal size; in parts if memory is short."""
+    """The detector's answers to frames that are padded to the same size."""
     import torch
 
     # float16 is more exact than bfloat16, but slow on CPUs
     kind = device.split(':')[0]
     half = torch.bfloat16 if kind == 'cpu' else torch.float16
     names = 'inputs', 'data_samples'
-    try:
-        with torch.no_grad(), torch.autocast(kind, half, enabled=amp):
-            return model.test_step({name: [data[name] for data in batch] for name in names})
-    except torch.cuda.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-    middle = len(batch) // 2
-    parts = batch[:middle], batch[middle:]
-    return [answer for part in parts for answer in predict(model, part, device, amp)]
+    with torch.no_grad(), torch.autocast(kind, half, enabled=amp):
+        return model.test_step({name: [data[name] for data in batch] for name in names})
 
 
 def people_of(answer, score_thr: float) -> np.ndarray:
@@ -532,25 +525,24 @@ def load_frames(
 ) -> Iterator[tuple[Frame, dict | str]]:
     """Frames in their order, each with what the test pipeline makes of it, or why it cannot."""
 
-    def load(frame: Frame) -> dict | str:
+    def load(frame: Frame) -> tuple[Frame, dict | str]:
         try:
             image = read_frame(root, frame)
         except ValueError as error:
-            return f'unreadable frame: {error}'
+            return frame, f'unreadable frame: {error}'
         try:
-            return pipeline(dict(img=image, img_id=0))
+            return frame, pipeline(dict(img=image, img_id=0))
         except Exception as error:  # of an arbitrary pipeline; OpenCV has limits, too
-            return f'frame that the test pipeline cannot take: {first_line(error)}'
+            return frame, f'frame that the test pipeline cannot take: {first_line(error)}'
 
+    ahead = deque()
     with ThreadPoolExecutor(LOADERS) as threads:  # decoding and resizing let other threads run
-        waiting, ahead = iter(frames), deque()
-        while True:
-            for frame in islice(waiting, 2 * LOADERS - len(ahead)):
-                ahead.append((frame, threads.submit(load, frame)))
-            if not ahead:
-                return
-            frame, loaded = ahead.popleft()
-            yield frame, loaded.result()
+        for frame in frames:
+            ahead.append(threads.submit(load, frame))
+            if len(ahead) > 2 * LOADERS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def detect(frames: list[Frame], options: Options) -> list[tuple[str, np.ndarray | str]]:
@@ -703,24 +695,19 @@ def write_csv(path: Path, rows: list[tuple]) -> None:
     write(path, table.getvalue().encode('utf-8', 'backslashreplace'))
 
 
-def best_overlaps(boxes: np.ndarray, people: np.ndarray) -> np.ndarray:
-    """The IoU of each box (n, 4) with the best of the people (m, 5), 0 where there is none."""
-    ours, theirs = boxes[:, None], people[None, :, :4]
-    sides = np.minimum(ours, theirs)[..., 2:] - np.maximum(ours, theirs)[..., :2]
-    both = sides.clip(0).prod(-1)
-    areas = [(corners[..., 2:] - corners[..., :2]).prod(-1) for corners in (ours, theirs)]
-    return (both / (areas[0] + areas[1] - both)).max(axis=1, initial=0)
-
-
 def report_recall(path: Path, keyframes: dict[tuple, set], proposals: dict) -> None:
     """List how well the proposals match the annotated boxes of each keyframe, the worst first."""
-    rows, overlaps = [], []
+    import torch
+    from torchvision.ops import box_iou
+
+    rows, overlaps, nobody = [], [], np.zeros((1, 5))  # which matches no box
     for (clip, second), boxes in keyframes.items():
-        people = proposals.get(key_of(clip, second), np.empty((0, 5)))
-        best = best_overlaps(np.array(sorted(boxes)), people)
-        overlaps += best.tolist()
-        met = int((best >= 0.5).sum())
-        rows.append((clip, second, len(boxes), met, len(people), f'{best.min():.3f}'))
+        people = proposals.get(key_of(clip, second), nobody)
+        annotated = torch.tensor(sorted(boxes), dtype=torch.float64)
+        best = box_iou(annotated, torch.from_numpy(people[:, :4])).amax(1).tolist()
+        overlaps += best
+        met, count = sum(overlap >= 0.5 for overlap in best), len(people) * (people is not nobody)
+        rows.append((clip, second, len(boxes), met, count, f'{min(best):.3f}'))
     rows.sort(key=lambda row: (float(row[-1]), row))
     write_csv(path, [('clip', 'second', 'boxes', 'met', 'proposals', 'worst_iou'), *rows])
     recall, strict = (np.mean(np.array(overlaps) >= least) for least in (0.5, 0.75))
@@ -728,11 +715,6 @@ def report_recall(path: Path, keyframes: dict[tuple, set], proposals: dict) -> N
         f'  recall: proposals match {recall:.1%} of {len(overlaps)} annotated boxes at IoU 0.5, '
         f'{strict:.1%} at 0.75; worst keyframes first: {path}'
     )
-    if recall < LOW_RECALL:
-        print(
-            '  that is far below the 90 % that a person detector reaches: is --score_thr too high '
-            'for it, is it the wrong checkpoint, or are these frames of other videos?'
-        )
 
 
 def digest_of(content: bytes) -> str:
@@ -769,40 +751,40 @@ def detect_all(frames: list[Frame], args: argparse.Namespace, checkpoint: Path) 
             yield from found or [(frame.key, failure) for frame in chunk]
 
 
-def fetch(args: argparse.Namespace) -> None:
-    """Detect what is not there yet, write the pickle and the report, say what came of it."""
-    root, target = args.avakinetics_root, args.picklepath
-    keyframes, problems = read_datalist(args.datalist)
-    checkpoint = local_checkpoint(args.checkpoint)
+def detect_missing(
+    frames: dict[str, Frame], checkpoint: Path, args: argparse.Namespace
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The people on each frame, and why others cannot be read; keeps what is detected now."""
     config = load_config(args.config, False)
     settings = [config.get(name) for name in ('model', 'test_dataloader', 'custom_imports')]
     settings = json.dumps(settings, sort_keys=True, default=str)
     identity = f'{digest_of(settings.encode())} {digest_of(checkpoint.read_bytes())} {args.amp}'
-    frames = {frame.key: frame for frame in plan_frames(keyframes, args.neighbors, root)}
-    notes, unreadable = target.with_name(f'{target.name}.frames.jsonl'), {}
+    notes = args.picklepath.with_name(f'{args.picklepath.name}.frames.jsonl')
     known = read_detections(notes, identity, args.score_thr) if notes.exists() else {}
     people = {key: known[frame.state] for key, frame in frames.items() if frame.state in known}
-    left, before = [frame for key, frame in frames.items() if key not in people], len(people)
-    if left:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            open(notes, 'a', encoding='utf-8', buffering=1) as file,  # a line at once
-            tqdm(total=len(left), desc='detect') as bar,
-        ):
-            start = json.dumps(dict(detector=identity, score_thr=args.score_thr))
-            file.write(f'\n{start}\n')  # on a line of its own after a torn one
-            for key, found in detect_all(left, args, checkpoint):
-                bar.update()
-                if isinstance(found, str):
-                    unreadable[key] = found
-                    continue
+    left, unreadable = [frame for key, frame in frames.items() if key not in people], {}
+    print(f'{len(left)} frames to detect, {len(people)} detected before')
+    if not left:
+        return people, unreadable
+    notes.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(notes, 'a', encoding='utf-8', buffering=1) as file,  # a line at once
+        tqdm(total=len(left), desc='detect') as bar,
+    ):
+        start = json.dumps(dict(detector=identity, score_thr=args.score_thr))
+        file.write(f'\n{start}\n')  # on a line of its own after a torn one
+        for key, found in detect_all(left, args, checkpoint):
+            bar.update()
+            if isinstance(found, str):
+                unreadable[key] = found
+            else:
                 people[key], noted = found, (*frames[key].state, found.tolist())
                 file.write(json.dumps(dict(zip(NOTED, noted))) + '\n')
-    rows = sorted((*key.rsplit(',', 1), reason) for key, reason in unreadable.items()) + problems
-    report = root / f'reports/fetch_proposal_{args.name}.csv'
-    write_csv(report, [('video_id', 'timestamp', 'reason'), *rows])
-    if not people:
-        sys.exit(f'error: not one frame could be read; {report} says why')
+    return people, unreadable
+
+
+def write_proposals(people: dict[str, np.ndarray], args: argparse.Namespace) -> dict:
+    """Write the pickle and how it was made; returns what is in it."""
     proposals = {
         key: kept
         for key, found in sorted(people.items())
@@ -812,17 +794,31 @@ def fetch(args: argparse.Namespace) -> None:
     Pickler(content, protocol=4).dump(proposals)
     # a trailer, which unpicklers ignore: Step 7 refuses a pickle of another list
     content.write(f'\nmade of {digest_of(args.datalist.read_bytes())}\n'.encode())
-    write(target, content.getvalue())
+    write(args.picklepath, content.getvalue())
+    used = {name: getattr(args, name) for name in ('checkpoint', 'score_thr', 'neighbors', 'amp')}
+    used |= {name: version(name) for name in ('torch', 'mmdet')} | dict(config=args.config.name)
+    write(args.reports / f'fetch_proposal_{args.name}.json', json.dumps(used).encode())
+    return proposals
+
+
+def fetch(args: argparse.Namespace) -> None:
+    """Detect what is not there yet, write the pickle and the reports, say what came of it."""
+    keyframes = read_datalist(args.datalist)
+    checkpoint = local_checkpoint(args.checkpoint)
+    planned = plan_frames(keyframes, args.neighbors, args.avakinetics_root)
+    frames = {frame.key: frame for frame in planned}
+    people, unreadable = detect_missing(frames, checkpoint, args)
+    rows = sorted((*key.rsplit(',', 1), reason) for key, reason in unreadable.items())
+    report = args.reports / f'fetch_proposal_{args.name}.csv'
+    write_csv(report, [('video_id', 'timestamp', 'reason'), *rows])
+    if not people:
+        sys.exit(f'error: not one frame could be read; {report} says why')
+    proposals = write_proposals(people, args)
 
     count = sum(map(len, proposals.values()))
-    print(f'{count} people on {len(proposals)} of {len(frames)} frames in {target}')
-    print(f'  {len(people) - before} frames detected now, {before} before')
+    print(f'{count} people on {len(proposals)} of {len(frames)} frames in {args.picklepath}')
     seen = {name: boxes for name, boxes in keyframes.items() if key_of(*name) in people}
-    report_recall(root / f'reports/recall_{args.name}.csv', seen, proposals)
-    used = {name: getattr(args, name) for name in ('checkpoint', 'score_thr', 'neighbors', 'amp')}
-    used |= {name: version(name) for name in ('torch', 'mmdet')}
-    used = json.dumps(used | dict(config=args.config.name))
-    write(root / f'reports/fetch_proposal_{args.name}.json', used.encode())
+    report_recall(args.reports / f'recall_{args.name}.csv', seen, proposals)
     bare = sum(key_of(*keyframe) not in proposals for keyframe in keyframes)
     print(
         f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes the '
@@ -836,7 +832,6 @@ def fetch(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-    sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     os.environ['MPLBACKEND'] = 'agg'  # a notebook's may not be in this environment
     try:
         fetch(parse_args(argv))

@@ -5,8 +5,7 @@ Reads the csv of Step 5, the pickle of Step 6 and AVA's own files in ROOT/annota
 AVA's ava_train_v2.2.csv and ava_dense_proposals_train.FAIR.recall_93.9.pkl by files that hold both
 parts: rows of Kinetics, then of AVA. AVA's own are kept beside them as *.ava_only.*, so that
 merging twice equals merging once. With --split val, AVA's files stay as they are, and
-ava_kinetics_val_v2.2.csv and ava_kinetics_dense_proposals_val.pkl are written beside them. Rows and
-proposals that could not be used are listed in ROOT/reports/merge_annotations_train.csv.
+ava_kinetics_val_v2.2.csv and ava_kinetics_dense_proposals_val.pkl are written beside them.
 
     python3 merge_annotations.py --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import csv
 import fcntl
 import hashlib
 import io
@@ -33,8 +31,7 @@ MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 MERGED = b'\nmerged by merge_annotations.py\n'  # ends merged pickles; unpicklers ignore it
 VIDEO = r'[A-Za-z0-9_-]{11}'
 CLIP = rf'{VIDEO}_[0-9]{{6}}_[0-9]{{6}}'
-NUMBER = r'[-+]?(\d+\.?\d*|\.\d+)(e-\d+)?'
-ROW = rf',\d{{1,9}}(,{NUMBER}){{4}},\d{{1,9}},-?\d{{1,9}}'  # second, box, action, entity
+ROW = r',\d+(,[-+.\de]+){4},\d+,-?\d+'  # second, box, action, entity
 # What a pickle of arrays names: types, and the functions that rebuild an array
 ARRAY_PARTS = {
     part.__name__: part
@@ -55,13 +52,20 @@ class Paths(NamedTuple):
     proposals: Path
 
 
+def to_path(text: str) -> Path:
+    """The path that an argument names."""
+    if not text:
+        raise argparse.ArgumentTypeError('it is empty; set its variable as README says')
+    return Path(text).expanduser()
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Step 7a: merge the Kinetics part into AVA's annotations."
     )
     parser.add_argument(
         '--avakinetics_root',
-        type=Path,
+        type=to_path,
         default=MMACTION2 / 'data/ava_kinetics',
         metavar='DIR',
         help='folder of the data set (default: %(default)s)',
@@ -75,17 +79,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_rows(path: Path, name: str, problems: list[tuple]) -> list[str]:
-    """The rows `name,second,x1,y1,x2,y2,action,entity`; adds malformed lines to `problems`."""
-    readable, rows = re.compile(name + ROW, re.ASCII), []
-    with open(path, encoding='utf-8-sig', errors='replace') as file:
-        for number, line in enumerate(map(str.strip, file), 1):
-            if readable.fullmatch(line):
-                rows.append(line)
-            elif line:
-                problems.append(('', '', f'malformed row: line {number} of {path.name}'))
+def read_rows(path: Path, name: str) -> list[str]:
+    """The rows `name,second,x1,y1,x2,y2,action,entity` of a list of annotations."""
+    rows, readable = path.read_text(errors='replace').splitlines(), re.compile(name + ROW, re.ASCII)
+    for number, row in enumerate(rows, 1):
+        if not readable.fullmatch(row):
+            sys.exit(f'error: line {number} of {path} is no annotation; make it again')
     if not rows:
-        sys.exit(f'error: {path} holds no row of annotations; make it again')
+        sys.exit(f'error: {path} is empty; make it again')
     return rows
 
 
@@ -112,30 +113,14 @@ class Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def read_proposals(path: Path, problems: list[tuple]) -> dict[str, np.ndarray]:
-    """The proposals of a pickle, key '<video id>,<second:04d>' -> (n, 5).
-
-    Adds malformed ones to `problems`. A frame with an empty array has no proposal.
-    """
+def read_proposals(path: Path) -> dict[str, np.ndarray]:
+    """The proposals of a pickle, key '<video id>,<second:04d>' -> (n, 5), n not 0."""
     try:
         with open(path, 'rb') as file:
-            loaded = Unpickler(file).load()
-        items = loaded.items()
+            return {key: boxes for key, boxes in Unpickler(file).load().items() if boxes.shape[0]}
     except Exception as error:  # damaged bytes may make pickle and NumPy raise anything
         reason = f'{type(error).__name__} {error}'.splitlines()[0]
         sys.exit(f'error: {path} is no pickle of proposals: {reason}'.rstrip())
-    proposals = {}
-    for key, boxes in items:
-        named = isinstance(key, str) and re.fullmatch(VIDEO + r',\d{4,}', key)
-        numbers = isinstance(boxes, np.ndarray) and boxes.dtype.kind == 'f'
-        if named and numbers and not boxes.size:
-            continue
-        shaped = named and numbers and boxes.ndim == 2 and boxes.shape[1] in (4, 5)
-        if shaped and np.isfinite(boxes).all():
-            proposals[key] = boxes
-        else:
-            problems.append(('', '', f'malformed proposal: {str(key)[:40]!r} in {path.name}'))
-    return proposals
 
 
 def trailer_of(path: Path) -> bytes:
@@ -150,11 +135,8 @@ def check_list(kinetics: Paths) -> None:
     made_of = re.search(rb'\nmade of ([0-9a-f]{64})\n\Z', trailer_of(kinetics.proposals))
     digest = hashlib.sha256(kinetics.rows.read_bytes()).hexdigest()
     if made_of and made_of[1].decode() != digest:
-        sys.exit(
-            f'error: {kinetics.proposals} was made of another list than {kinetics.rows}; repeat '
-            f'Step 6: fetch_proposal.py --avakinetics_root={kinetics.rows.parent} '
-            f'--datalist={kinetics.rows}'
-        )
+        reason = f'was made of another list than {kinetics.rows}; repeat Step 6 with this list'
+        sys.exit(f'error: {kinetics.proposals} {reason}')
 
 
 def own_file(path: Path, merged: bool, copy_ava: str) -> Path:
@@ -178,14 +160,8 @@ def write(path: Path, content: bytes) -> None:
         os.replace(part, path)
 
 
-def write_csv(path: Path, rows: list[tuple]) -> None:
-    table = io.StringIO()
-    csv.writer(table, lineterminator='\n').writerows(rows)
-    write(path, table.getvalue().encode('utf-8', 'backslashreplace'))
-
-
-def merge(kinetics: Paths, ava: Paths, merged: Paths, report: Path, copy_ava: str) -> None:
-    """Join both parts, write the merged files and the report, say what came of it."""
+def merge(kinetics: Paths, ava: Paths, merged: Paths, copy_ava: str) -> None:
+    """Join both parts, write the merged files, say what came of it."""
     try:  # until this process ends
         fcntl.flock(os.open(merged.rows.parent, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -198,11 +174,8 @@ def merge(kinetics: Paths, ava: Paths, merged: Paths, report: Path, copy_ava: st
     own = Paths(
         own_file(ava.rows, rows_merged, copy_ava), own_file(ava.proposals, merged_before, copy_ava)
     )
-    problems = []
-    rows = read_rows(kinetics.rows, CLIP, problems)
-    ava_rows = read_rows(own.rows, VIDEO, problems)
-    proposals = read_proposals(kinetics.proposals, problems)
-    ava_proposals = read_proposals(own.proposals, problems)
+    rows, ava_rows = read_rows(kinetics.rows, CLIP), read_rows(own.rows, VIDEO)
+    proposals, ava_proposals = map(read_proposals, (kinetics.proposals, own.proposals))
     collisions = len(proposals.keys() & ava_proposals.keys())
     proposals.update(ava_proposals)  # AVA's win
 
@@ -213,7 +186,6 @@ def merge(kinetics: Paths, ava: Paths, merged: Paths, report: Path, copy_ava: st
     content = io.BytesIO()
     Pickler(content, protocol=4).dump(proposals)
     write(merged.proposals, content.getvalue() + MERGED)
-    write_csv(report, [('video_id', 'timestamp', 'reason'), *problems])
 
     print(
         f'{len(rows) + len(ava_rows)} rows in {merged.rows}: {len(rows)} of Kinetics, '
@@ -225,15 +197,12 @@ def merge(kinetics: Paths, ava: Paths, merged: Paths, report: Path, copy_ava: st
         + f' ({collisions} keys in both)'
         * bool(collisions)
     )
-    if problems:
-        print(f'  {len(problems)} rows or proposals left out: malformed; report: {report}')
 
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-    sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     args = parse_args(argv)
-    root, split = args.avakinetics_root.expanduser().absolute(), args.split
+    root, split = args.avakinetics_root.absolute(), args.split
     notes = root / 'annotations'
     part = '' if split == 'train' else f'_{split}'
     kinetics = Paths(root / f'kinetics_{split}.csv', root / f'kinetics{part}_proposal.pkl')
@@ -256,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         if notes.is_symlink() and split == 'train':
             reason = "merging would change AVA's own files; remove the link, then"
             sys.exit(f'error: {notes} is a link to {notes.resolve()}: {reason} {copy_ava}')
-        merge(kinetics, ava, merged, root / f'reports/merge_annotations_{split}.csv', copy_ava)
+        merge(kinetics, ava, merged, copy_ava)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; fix it, then run the same command again')
     except KeyboardInterrupt:

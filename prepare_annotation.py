@@ -32,8 +32,12 @@ from tqdm import tqdm
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
 CLIP_NAME = re.compile(r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})')
-VIDEO_ID = re.compile(r'[A-Za-z0-9_-]{11}')
-NOBODY = 0, 0, 1, 1, 1  # passes the checks for rows of two columns, which have no box
+FRACTION = r'(0?\.\d+|[01](?:\.0*)?|\d(?:\.\d+)?e-\d+)'  # 0 to 1
+# video, timestamp and, if somebody is annotated there, box and action
+ROW = re.compile(
+    rf'([A-Za-z0-9_-]{{11}}),(\d{{1,6}})(?:\.\d*)?(?:{f",{FRACTION}" * 4},([1-9]|[1-7]\d|80))?',
+    re.ASCII,
+)
 
 
 class Clip(NamedTuple):
@@ -45,6 +49,13 @@ class Clip(NamedTuple):
     end: int
 
 
+def to_path(text: str) -> Path:
+    """The path that an argument names."""
+    if not text:
+        raise argparse.ArgumentTypeError('it is empty; set its variable as README says')
+    return Path(text).expanduser()
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Step 5: write the annotations of the clips that are there.'
@@ -52,7 +63,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--avakinetics_anotation',
         '--avakinetics_annotation',
-        type=Path,
+        type=to_path,
         default=Path('ava_kinetics_v1_0'),
         metavar='DIR',
         help='folder of the AVA-Kinetics annotations (default: %(default)s)',
@@ -65,7 +76,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--avakinetics_root',
-        type=Path,
+        type=to_path,
         default=MMACTION2 / 'data/ava_kinetics',
         metavar='DIR',
         help='folder of the data set (default: %(default)s)',
@@ -90,21 +101,16 @@ def read_annotations(path: Path) -> tuple[list[tuple], list[tuple]]:
     The numbers are x1, y1, x2, y2, relative to the frame, and the action; none where the row has
     two columns, which name a keyframe on which nobody was annotated.
     """
+    if not path.exists():
+        sys.exit(f'error: {path} not found; do Step 2 or set --avakinetics_anotation')
     rows, problems = [], []
     with open(path, encoding='utf-8-sig', errors='replace') as file:
-        for index, line in enumerate(file, 1):
-            fields = [field.strip().strip('"') for field in line.rstrip(' ,\r\n').split(',')]
-            try:
-                second, *numbers = map(float, fields[1:])
-                x1, y1, x2, y2, action = numbers or NOBODY
-                inside = 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
-                valid = inside and 0 <= second < 1e6 and action in range(1, 81)
-            except ValueError:
-                valid = False
-            if valid and VIDEO_ID.fullmatch(fields[0]):
-                rows.append((fields[0], int(second), numbers))  # as MMAction2 names keyframes
-            elif line.strip():
-                problems.append(('', '', f'malformed annotation: line {index}: {line[:80]!r}'))
+        for number, line in enumerate(map(str.strip, file), 1):
+            if row := ROW.fullmatch(line.rstrip(',')):
+                video, second, *numbers = row.groups()  # the second as MMAction2 names keyframes
+                rows.append((video, int(second), [float(text) for text in numbers if text]))
+            elif line:
+                problems.append(('', '', f'malformed annotation: line {number}: {line[:80]!r}'))
     return rows, problems
 
 
@@ -113,25 +119,23 @@ def frame_names(count: int) -> frozenset[str]:
     return frozenset(f'img_{index:05d}.jpg' for index in range(1, count + 1))
 
 
-def is_older(frame: Path, video: Path) -> bool:
-    """Whether a frame was made of another clip than the one that is there."""
-    return video.exists() and os.stat(frame).st_mtime < os.stat(video).st_mtime
-
-
 def look_at(clip: Clip, root: Path) -> tuple[bool, str]:
     """Whether a clip has all its raw frames, and what is wrong if neither they nor its video are
     complete.
     """
     import av
 
-    total, problem, video = (clip.end - clip.start) * FPS, '', root / f'videos/{clip.name}.mp4'
+    total, problem = (clip.end - clip.start) * FPS, ''
+    video, frames = root / f'videos/{clip.name}.mp4', root / 'rawframes' / clip.name
     try:
-        missing = frame_names(total).difference(os.listdir(root / 'rawframes' / clip.name))
-        problem = 'frames older than their clip: all'
+        missing = frame_names(total).difference(os.listdir(frames))
+        since = video.stat().st_mtime if video.exists() else 0
         if missing:
             problem = f'frames missing: {len(missing)} of {total}, first {min(missing)}'
-        elif not is_older(root / f'rawframes/{clip.name}/img_00001.jpg', video):
+        elif (frames / 'img_00001.jpg').stat().st_mtime >= since:
             return True, ''
+        else:
+            problem = 'frames older than their clip: all'
     except FileNotFoundError:  # no raw frames
         pass
     except OSError as error:
@@ -173,14 +177,12 @@ def choose_clip(second: int, clips: list[Clip], states: dict[Clip, tuple]) -> Cl
 
 def prepare(args: argparse.Namespace) -> None:
     """Look at the clips, write the csv and the report, say what came of it."""
-    root = args.avakinetics_root.expanduser()
+    root = args.avakinetics_root
     annotations = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
-    if not annotations.exists():
-        sys.exit(f'error: {annotations} not found; do Step 2 or set --avakinetics_anotation')
     rows, malformed = read_annotations(annotations)
     keyframes = {row[:2] for row in rows if row[2]}
     if not keyframes:
-        first = malformed[0][2] if malformed else 'it has no rows'
+        first = malformed[0][2] if malformed else 'nobody is annotated'
         sys.exit(f'error: {annotations} holds no annotated keyframe: {first}; do Step 2 again')
     clips = find_clips(root, keyframes)
     found = [clip for of_video in clips.values() for clip in of_video]
@@ -249,7 +251,6 @@ def write_csv(path: Path, rows: list[tuple]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-    sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     try:
         prepare(parse_args(argv))
     except OSError as error:  # a full disk, missing permissions

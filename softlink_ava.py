@@ -19,7 +19,6 @@ import csv
 import datetime
 import html
 import io
-import json
 import os
 import pickle
 import re
@@ -46,23 +45,17 @@ AVA_START_S, AVA_END_S = 900, 1800  # of the movies, whose frames are numbered f
 # and 32x2 with their random offsets. MMAction2 clips them to those that there are by the name
 WINDOWS, BEFORE, BEHIND = '4x16, 8x8, 16x4, 32x2', 40, 30
 CLIP_NAME = re.compile(r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})')
-NUMBER = r'[-+]?(?:\d+\.?\d*|\.\d+)(?:e-\d+)?'
-ROW = re.compile(
-    rf'([A-Za-z0-9_-]{{11}}(?:_[0-9]{{6}}_[0-9]{{6}})?),(\d{{1,9}}),({NUMBER}),({NUMBER}),'
-    rf'({NUMBER}),({NUMBER}),(\d{{1,9}}),-?\d{{1,9}}',
-    re.ASCII,
-)
 BOX = ['x1', 'y1', 'x2', 'y2']
-COLUMNS = ['clip', 'second', *BOX, 'action']
+COLUMNS = dict(clip=str, second=int, **dict.fromkeys(BOX, float), action=int, entity=int)
 RECALL = ['clip', 'second', 'boxes', 'met']  # columns of Step 6's report that are shown
 LABELS = 'ava_action_list_v2.2_for_activitynet_2019.pbtxt'
 NEEDED = [
     LABELS,
     'ava_train_excluded_timestamps_v2.2.csv',
-    'ava_val_v2.2.csv',
     'ava_val_excluded_timestamps_v2.2.csv',
     'ava_dense_proposals_val.FAIR.recall_93.9.pkl',
 ]
+COPY = "copy it from AVA's annotation folder"
 SHOWN = 12  # keyframes of each kind on the page
 WIDTH = 480  # pixels of a keyframe on the page
 GREEN, ORANGE = (60, 220, 60), (0, 140, 255)  # BGR
@@ -71,7 +64,6 @@ STEPS = dict(
     extract_rgb_frames='Step 4',
     prepare_annotation='Step 5',
     fetch_proposal='Step 6',
-    merge_annotations='Step 7a',
 )
 # What a pickle of arrays names: ndarray, dtype, and what NumPy calls since protocols 2 and 5
 ARRAY_PARTS = {
@@ -122,27 +114,34 @@ class Part(NamedTuple):
     proposals: Path | None = None
 
 
+def to_path(text: str) -> Path:
+    """The path that an argument names."""
+    if not text:
+        raise argparse.ArgumentTypeError('it is empty; set its variable as README says')
+    return Path(text).expanduser()
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Step 7b: link AVA's frames into the data set, and check that training can run."
     )
     parser.add_argument(
         '--avakinetics_root',
-        type=Path,
+        type=to_path,
         default=MMACTION2 / 'data/ava_kinetics',
         metavar='DIR',
         help='folder of the data set (default: %(default)s)',
     )
     parser.add_argument(
         '--ava_root',
-        type=Path,
+        type=to_path,
         default=MMACTION2 / 'data/ava',
         metavar='DIR',
         help='folder of the AVA data set; its frames are in rawframes/ (default: %(default)s)',
     )
     args = parser.parse_args(argv)
     args.avakinetics_root, args.ava_root = (
-        path.expanduser().absolute() for path in (args.avakinetics_root, args.ava_root)
+        path.absolute() for path in (args.avakinetics_root, args.ava_root)
     )
     return args
 
@@ -150,51 +149,30 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def link_all(ava: Path, frames: Path) -> None:
     """Link the folders of all AVA movies, unless real folders are there; say what was done."""
     names = [name for name in sorted(os.listdir(ava)) if not name.startswith('.')]
-    movies = [name for name in names if os.path.isdir(ava / name)]
+    movies, made = [name for name in names if os.path.isdir(ava / name)], 0
     if not movies:
         sys.exit(f'error: {ava} holds no folder of frames; extract the frames of AVA')
-    outcomes = Counter()
     try:
         frames.mkdir(exist_ok=True)  # without raw frames of Kinetics, AVA's are the first
         for movie in movies:
             link, part = frames / movie, frames / f'.{movie}.part'
-            linked, there = link.is_symlink(), link.exists()
-            if linked and os.readlink(link) == str(ava / movie):
-                outcomes['linked already'] += 1
-            elif there and not linked:
-                outcomes['real folders left alone'] += 1
-            else:
-                outcomes['broken or wrong links mended' if linked else 'linked now'] += 1
+            right = os.readlink(link) == str(ava / movie) if link.is_symlink() else link.exists()
+            if not right:
                 part.unlink(missing_ok=True)  # of a killed run
                 part.symlink_to(ava / movie)
                 os.replace(part, link)
+                made += 1
     except OSError as error:
         reason = f'({error.strerror}); copy {ava} there instead'
         sys.exit(f'error: no link can be made in {frames} {reason}')
-    said = ', '.join(f'{count} {outcome}' for outcome, count in sorted(outcomes.items()))
-    print(f'{len(movies)} AVA movies in {frames}: {said}')
+    there = len(movies) - made
+    print(f'{len(movies)} AVA movies in {frames}: {made} linked now, {there} there already')
 
 
 def command(script: str, root: Path) -> str:
     """A command that can be pasted."""
     path = Path(__file__).resolve().with_name(script)
     return f'python3 {shlex.quote(str(path))} --avakinetics_root={shlex.quote(str(root))}'
-
-
-def read_rows(path: Path, problems: list[Problem]) -> pd.DataFrame:
-    """The rows of a list of annotations; lines that MMAction2 cannot read are problems."""
-    import pandas as pd
-
-    rows = []
-    with open(path, errors='replace') as file:
-        for number, line in enumerate(file, 1):
-            if match := ROW.fullmatch(line.strip()):
-                rows.append(match.groups())
-            else:
-                where = f'line {number} of {path.name}'
-                problems.append(Problem(where, 'malformed row', 'make the list again'))
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.astype(dict(second=int, action=int) | dict.fromkeys(BOX, float))
 
 
 def window(second: int) -> range:
@@ -277,16 +255,22 @@ def find_parts(root: Path) -> list[Part]:
 
 def look_at_files(part: Part, root: Path, problems: list[Problem]) -> tuple[pd.DataFrame, dict]:
     """The rows and the proposals of a part, after a look at its files."""
-    table = read_rows(part.rows if part.rows.exists() else Path(os.devnull), problems)
+    import pandas as pd
+
+    merge = f'do Step 7a: {command("merge_annotations.py", root)} --split={part.split}'
+    try:
+        table = pd.read_csv(part.rows, names=list(COLUMNS), dtype=COLUMNS)
+    except (OSError, ValueError) as error:
+        reason = f'unreadable annotations: {error}'.splitlines()[0]
+        problems.append(Problem(part.rows.name, reason, merge if part.split else COPY))
+        return pd.DataFrame(columns=list(COLUMNS)), {}
     if not part.split:
         return table, {}
-    proposals = read_proposals(part.proposals)
-    merge = f'do Step 7a: {command("merge_annotations.py", root)} --split={part.split}'
-    kinetics = table[table['clip'].str.len() > 11].reset_index(drop=True)
-    own = root / f'kinetics_{part.split}.csv'
-    if not own.exists():
-        problems.append(Problem(own.name, 'file missing', 'do Step 5 (prepare_annotation.py)'))
-    elif not len(kinetics) or not kinetics.equals(read_rows(own, [])):
+    proposals, own = read_proposals(part.proposals), root / f'kinetics_{part.split}.csv'
+    rows, merged = own.read_bytes() if own.exists() else b'', part.rows.read_bytes()
+    if not rows:
+        problems.append(Problem(own.name, 'no annotations', 'do Step 5 (prepare_annotation.py)'))
+    elif not merged.startswith(rows) or rows.count(b'\n') != sum(table['clip'].str.len() > 11):
         problems.append(Problem(part.rows.name, f'other Kinetics rows than {own.name}', merge))
     if proposals is None:
         problems.append(Problem(part.proposals.name, 'unreadable proposals', merge))
@@ -384,39 +368,29 @@ def draw_sheet(
     return f'<div class="grid">{figures}</div>'
 
 
-def draw_bars(counts: pd.DataFrame, title: str, x_label: str, y_label: str, **options) -> str:
-    """Counts as bars, one series for each source, as HTML."""
+def draw_plots(boxes: pd.DataFrame, keyframes: pd.DataFrame, table: pd.DataFrame) -> str:
+    """Bars of boxes, people and actions, one series for each source, as HTML."""
     import matplotlib
     from matplotlib.figure import Figure
-
-    size = (5, 1 + 0.19 * len(counts)) if 'kind' in options else (5, 3)
-    figure, content = Figure(figsize=size, layout='constrained'), io.BytesIO()
-    options = dict(kind='bar', width=0.8, rot=0, fontsize=8) | options
-    axes = counts.plot(ax=figure.add_subplot(), **options)
-    axes.set(xlabel=x_label, ylabel=y_label, title=title)
-    with matplotlib.rc_context({'svg.hashsalt': 'page'}):  # the same for the same counts
-        figure.savefig(content, format='svg', metadata={'Date': None})
-    return f'<figure><img alt="" src="{data_url(content.getvalue(), "svg+xml")}"></figure>'
-
-
-def draw_plots(boxes: pd.DataFrame, keyframes: pd.DataFrame, table: pd.DataFrame) -> str:
-    """Plots of boxes, people and actions by source, as HTML."""
     from pandas import crosstab
 
     heights = ((boxes.y2 - boxes.y1) * 5).astype(int).clip(0, 4) / 5
     people = keyframes.boxes.clip(upper=6)
-    actions = crosstab(table.action_name, table.source)
+    actions, figures = crosstab(table.action_name, table.source), ''
     actions = actions.loc[actions.sum(axis=1).sort_values().index]
-    figures = draw_bars(
-        crosstab(heights, boxes.source),
-        'Height of the boxes',
-        'of the frame, rounded down',
-        'boxes',
-    )
-    figures += draw_bars(
-        crosstab(people, keyframes.source), 'People', 'on a keyframe; 6: or more', 'keyframes'
-    )
-    figures += draw_bars(actions, 'Actions', 'annotations', '', kind='barh', logx='sym')
+    for counts, kind, title, label in (
+        (crosstab(heights, boxes.source), 'bar', 'Boxes by height', 'of the frame, rounded down'),
+        (crosstab(people, keyframes.source), 'bar', 'Keyframes by people', '6: or more'),
+        (actions, 'barh', 'Annotations by action', ''),
+    ):
+        figure, content = Figure((5, 3 + 0.16 * len(counts)), layout='constrained'), io.BytesIO()
+        axes = counts.plot(ax=figure.add_subplot(), kind=kind, width=0.8, rot=0, fontsize=8)
+        axes.set(title=title, xlabel=label)
+        axes.set_xscale('symlog' if kind == 'barh' else 'linear')
+        with matplotlib.rc_context({'svg.hashsalt': 'page'}):  # the same for the same counts
+            figure.savefig(content, format='svg', metadata={'Date': None})
+        address = data_url(content.getvalue(), 'svg+xml')
+        figures += f'<figure><img alt="" src="{address}"></figure>'
     return f'<div class="grid">{figures}</div>'
 
 
@@ -449,18 +423,17 @@ def show_part(part: Part, table: pd.DataFrame, proposals: dict, root: Path) -> s
     names = zip(keyframes['clip'], keyframes.second)
     found = [len(proposals.get(f'{clip[:11]},{second:04d}', ())) for clip, second in names]
     keyframes = keyframes.assign(proposals=found, bare=np.array(found) == 0)
-    numbers = (
-        keyframes.groupby('source')
-        .agg(
-            clips=('clip', 'nunique'),
-            keyframes=('clip', 'size'),
-            boxes=('boxes', 'sum'),
-            proposals=('proposals', 'sum'),
-            without_a_proposal=('bare', 'sum'),
+    groups = keyframes.groupby('source')
+    numbers = pd.DataFrame(
+        dict(
+            clips=groups['clip'].nunique(),
+            keyframes=groups.size(),
+            boxes=groups.boxes.sum(),
+            annotations=table.groupby('source').size(),
+            proposals=groups.proposals.sum(),
+            without_a_proposal=groups.bare.sum(),
         )
-        .assign(annotations=table.groupby('source').size())
-        .T
-    )
+    ).T
     numbers = numbers.assign(both=numbers.sum(axis=1)).to_html(border=0)
     content = f'<h2>{part.title}</h2>{numbers}'
     recall = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=RECALL)
@@ -488,9 +461,7 @@ def show_making(reports: Path) -> str:
     for name in 'cut_kinetics_options', 'fetch_proposal_train', 'fetch_proposal_val':
         path = reports / f'{name}.json'
         if path.exists():
-            noted = ', '.join(
-                f'{key} {value}' for key, value in json.loads(path.read_text()).items()
-            )
+            noted = re.sub(r'[{}"]', '', path.read_text())
             content += f'<li>{html.escape(f"{name}: {noted}")}</li>'
     return f'<h2>How it was made</h2><ul>{content}</ul>'
 
@@ -513,12 +484,9 @@ def write_csv(path: Path, rows: list[tuple]) -> None:
 def check(root: Path) -> None:
     """Look up all that training reads, write the report and the page, say whether it is ready."""
     parts, problems = find_parts(root), []
-    if not parts[0].rows.exists():
-        merge = command('merge_annotations.py', root)
-        sys.exit(f'error: {parts[0].rows} not found; do Step 7a: {merge}')
     for name in NEEDED:
         if not (root / 'annotations' / name).exists():
-            problems.append(Problem(name, 'file missing', "copy it from AVA's annotation folder"))
+            problems.append(Problem(name, 'file missing', COPY))
     read = [look_at_files(part, root, problems) for part in parts]
     lacking = look_at_all([table for table, _ in read], root)
     lines = tell([*problems, *lacking.values()])
@@ -552,23 +520,23 @@ def check(root: Path) -> None:
     except (ImportError, ValueError, KeyError, TypeError) as error:  # odd files, no matplotlib
         print(f'  no report.html: {type(error).__name__}: {error}'.split('\n')[0])
     if lines:
-        sys.exit(f'error: the data set is not ready for training: {lines[0]}; see {report}')
+        sys.exit(
+            f'error: not ready for training: {len(lines)} reasons, first {lines[0]}; see {report}'
+        )
     print('ready for training')
 
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-    sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be no UTF-8
     os.environ['MPLBACKEND'] = 'agg'  # a notebook's may not be in this environment
     args = parse_args(argv)
     root, ava = args.avakinetics_root, args.ava_root / 'rawframes'
     try:
-        if ava.resolve() == (root / 'rawframes').resolve():
-            sys.exit(f"error: {root}/rawframes is AVA's own folder; the data set needs another")
         if not ava.is_dir():
             sys.exit(f'error: {ava} not found; extract the frames of AVA or set --ava_root')
-        if not (root / 'rawframes').is_dir() and not (root / 'videos').is_dir():
-            sys.exit(f'error: {root} has neither rawframes nor videos; do Step 3')
+        if not find_parts(root)[0].rows.exists():
+            merge = command('merge_annotations.py', root)
+            sys.exit(f'error: {root} holds no merged annotations; do Step 7a: {merge}')
         link_all(ava, root / 'rawframes')
         check(root)
     except OSError as error:  # a full disk, missing permissions

@@ -98,7 +98,7 @@ def draw_ava(mmaction2: Path) -> None:
             )
     names = ava / 'annotations'
     (names / 'ava_train_v2.2.csv').write_text(rows)
-    draw_other_annotations(names)
+    draw_other_annotations(names, '')
     (names / 'ava_train_excluded_timestamps_v2.2.csv').write_text(
         f'{next(iter(AVA_VIDEOS))},0904\n'
     )
@@ -109,12 +109,12 @@ def draw_ava(mmaction2: Path) -> None:
         )
 
 
-def draw_other_annotations(folder: Path) -> None:
-    """The files of AVA's annotation folder beside the training rows and proposals; nothing is
-    validated or excluded.
+def draw_other_annotations(folder: Path, validated: str) -> None:
+    """The files of AVA's annotation folder beside the training rows and proposals; a keyframe
+    `movie,second` is validated, nothing is excluded.
     """
     (folder / 'ava_train_excluded_timestamps_v2.2.csv').write_text('')
-    (folder / 'ava_val_v2.2.csv').write_text('')
+    (folder / 'ava_val_v2.2.csv').write_text(f'{validated},0.1,0.2,0.3,0.4,12,0\n')
     (folder / 'ava_val_excluded_timestamps_v2.2.csv').write_text('')
     (folder / 'ava_dense_proposals_val.FAIR.recall_93.9.pkl').write_bytes(fair_pickle({}))
     (folder / 'ava_action_list_v2.2_for_activitynet_2019.pbtxt').write_text(

