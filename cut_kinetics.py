@@ -46,7 +46,6 @@ from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from itertools import islice
 from multiprocessing import active_children, get_context
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Callable, Iterable, Iterator, NamedTuple
 
@@ -79,6 +78,7 @@ DELAY = 5  # pictures by which decoders may report an error late
 HARMLESS = 'mmco: unref short failure'
 BT601 = 6  # matrix_coefficients of ITU-T H.273
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+COMPLETE = 'there already'
 AHEAD = 500  # items that a cluster is given at once
 # by their first bytes; tarfile itself stops after the first of several compressed pieces
 OPENERS = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zX': lzma.open}
@@ -186,7 +186,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         sys.exit('error: --short_side must be an even number of pixels, such as 256')
     args.kinetics_archives = list(filter(None, args.kinetics_archives))  # @FILE has empty lines
     listed = MMACTION2 / f'data/kinetics700/kinetics700_{args.split}_list_videos.txt'
-    args.kinetics_list = args.kinetics_list or listed
+    args.kinetics_list = (args.kinetics_list or listed).absolute()
+    folder = args.kinetics_list.parent
+    args.folders = Path.cwd(), folder, folder / f'videos_{args.split}'
     root = args.avakinetics_root.absolute()
     args.videos, args.reports = root / 'videos', root / 'reports'
     args.work = args.videos / f'.cut_kinetics_{args.split}'
@@ -219,19 +221,21 @@ def parse_name(path: str) -> Source | None:
     return source if source and source.start < source.end else None
 
 
-def read_list(path: Path, keyframes: Keyframes) -> tuple[list[Source], list[tuple]]:
-    """The listed sources of annotated videos, and report rows on malformed lines."""
+def read_list(path: Path, keyframes: Keyframes) -> tuple[dict[Source, list[int]], list[tuple]]:
+    """The listed sources with the annotated seconds that they hold, and report rows on malformed
+    lines.
+    """
     if not path.exists():
         sys.exit(f'error: {path} not found; do Step 1 or set --kinetics_list')
     sources, problems = {}, []
     with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
         for number, line in enumerate(map(str.strip, file), 1):
             if source := parse_name(LABEL.sub('', line)):
-                sources[source] = bool(find_held(source, keyframes))
+                sources[source] = find_held(source, keyframes)
             elif line:
                 reason = f'line {number}: no name like ID_000001_000011.mp4: {line[:80]!r}'
                 problems.append(('', '', f'malformed list line: {reason}'))
-    held = [source for source, wanted in sources.items() if wanted]
+    held = {source: seconds for source, seconds in sources.items() if seconds}
     if not held:
         first = problems[0][2] if problems and not sources else 'is it of this split?'
         sys.exit(f'error: {path} names {len(sources)} videos, none of them annotated: {first}')
@@ -370,29 +374,45 @@ def encode(pictures: Iterator[VideoFrame], short_side: int | None) -> bytes:
     return content.getvalue()
 
 
+def is_current(clip: Path, path: str | None) -> bool:
+    """Whether a clip is there and not older than its source; times in the future are ignored."""
+    try:
+        made, changed = clip.stat().st_mtime, os.stat(path or clip).st_mtime
+    except OSError:
+        return False
+    return made >= changed or changed > time.time()
+
+
 def cut_clip(
     source: Source, seconds: list[int], content: bytes | None, args: argparse.Namespace
 ) -> str | None:
-    """Cut the clip of these keyframes; returns None, or why it cannot be had from this source.
+    """Cut the clip of these keyframes out of this content, or else out of the listed file.
 
-    The source is a file, unless its content is given.
+    Returns None, COMPLETE if it was there already, or why it cannot be had from this source.
     """
     import av
 
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)
     start, end = (second - source.start for second in clip_range(source, seconds))
+    clip = args.videos / clip_name(source, seconds)
+    places = (os.path.join(folder, source.path) for folder in args.folders)
+    path = next(filter(os.path.isfile, places), None)
+    if content is None and is_current(clip, path):
+        return COMPLETE
+    if content is None and not path:
+        return f'file missing: {source.path}'
     try:
-        with io.BytesIO(content) if content else open(source.path, 'rb') as file:
-            clip = encode(nearest(decode(file, start), start, end), args.short_side)
+        with open(path, 'rb') if content is None else io.BytesIO(content) as file:
+            encoded = encode(nearest(decode(file, start), start, end), args.short_side)
     except Unusable as error:
         return str(error)
     except (av.FFmpegError, OSError, ValueError) as error:  # ValueError: undecodable names
         words = (getattr(error, 'log', None) or [error])[-1]
         return f'unreadable video: {words}'.strip()
     part = args.work / f'{uuid.uuid4().hex}.mp4'
-    part.write_bytes(clip)
-    os.replace(part, args.videos / clip_name(source, seconds))
+    part.write_bytes(encoded)
+    os.replace(part, clip)
     return None
 
 
@@ -578,38 +598,6 @@ def run_all(
         executor.shutdown(wait=not (killed and todo))  # a cluster's items are cancelled
 
 
-def look_up(source: Source, folders: list[Path], clip: Path) -> tuple[str | None, bool]:
-    """Where a listed video lies, and whether its clip is there and not older than the video."""
-    places = (os.path.join(folder, source.path) for folder in folders)
-    path = next(filter(os.path.isfile, places), None)
-    try:
-        made, changed = clip.stat().st_mtime, os.stat(path or clip).st_mtime
-    except OSError:
-        return path, False
-    return path, made >= changed or changed > time.time()  # ignoring times in the future
-
-
-def plan_list(
-    sources: list[Source], keyframes: Keyframes, args: argparse.Namespace
-) -> tuple[list[tuple], dict[str, str]]:
-    """An item of `cut_clip` for each listed file whose clip is missing or older, and why other
-    clips cannot be cut.
-    """
-    folder, missing, items = args.kinetics_list.absolute().parent, {}, []
-    folders = [Path.cwd(), folder, folder / f'videos_{args.split}']
-    held = [find_held(source, keyframes) for source in sources]
-    clips = [clip_name(*pair) for pair in zip(sources, held)]
-    with ThreadPool(16) as threads:  # a slow file server answers them together
-        places = [(source, folders, args.videos / clip) for source, clip in zip(sources, clips)]
-        found = threads.starmap(look_up, places, 64)
-    for source, seconds, clip, (path, done) in zip(sources, held, clips, found):
-        if not path and not done:
-            missing[clip] = f'file missing: {source.path}'
-        elif not done:
-            items.append((source._replace(path=path), seconds, None, args))
-    return items, missing
-
-
 def note_options(args: argparse.Namespace) -> None:
     """Note what shapes the clips; exits if there are clips that were made with other options."""
     import av
@@ -666,14 +654,15 @@ def cut(args: argparse.Namespace) -> None:
         items, total = plan_archives(keyframes, noted, unreadable, args), None
     else:
         sources, malformed = read_list(args.kinetics_list, keyframes)
-        items, outcomes = plan_list(sources, keyframes, args)
-        problems, total = problems + malformed, len(items)
+        items = [(source, seconds, None, args) for source, seconds in sources.items()]
+        problems, outcomes, total = problems + malformed, {}, len(items)
     with workspace(args.work), contextlib.closing(run_all(cut_clip, items, args)) as answers:
         note_options(args)
         for item, answer, failure in tqdm(answers, 'cut', total, unit='clip', delay=1, leave=False):
             clip = clip_name(*item[:2])
-            outcomes[clip] = answer or failure
-            if outcomes[clip] and args.kinetics_archives:
+            if answer != COMPLETE:
+                outcomes[clip] = answer or failure
+            if outcomes.get(clip) and args.kinetics_archives:
                 note(args.ledger, clip, outcomes[clip])
     problems += [('', '', f'unreadable archive: {reason}') for reason in unreadable]
     held = find_clips(os.listdir(args.videos), keyframes)
