@@ -237,19 +237,16 @@ def read_proposals(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def find_parts(root: Path) -> list[Part]:
-    """Training, AVA's validation and, if it was prepared, the Kinetics validation part."""
+    """Training, AVA's validation and, if it was prepared, validation on Kinetics too."""
     notes, name = root / 'annotations', 'ava_dense_proposals_train.FAIR.recall_93.9.pkl'
-    merged = notes / 'ava_kinetics_val_v2.2.csv'
     parts = [
         Part('Training', 'train', notes / 'ava_train_v2.2.csv', notes / name),
         Part('AVA validation', '', notes / 'ava_val_v2.2.csv'),
     ]
-    if merged.exists():
+    if (root / 'kinetics_val.csv').exists():
+        rows = notes / 'ava_kinetics_val_v2.2.csv'
         proposals = notes / 'ava_kinetics_dense_proposals_val.pkl'
-        parts.append(Part('Validation on AVA and Kinetics', 'val', merged, proposals))
-    elif (root / 'kinetics_val.csv').exists():
-        own = root / 'kinetics_val.csv', root / 'kinetics_val_proposal.pkl'
-        parts.append(Part('Kinetics validation', 'val', *own))
+        parts.append(Part('Validation on AVA and Kinetics', 'val', rows, proposals))
     return parts
 
 

@@ -245,18 +245,15 @@ def test_clips_that_are_read_as_videos_have_their_frames(worlds, seconds):
         assert reason in errors(link(root, ava, code=1))
 
 
-@pytest.mark.parametrize('merged', [False, True])
-def test_the_kinetics_validation_part_is_checked_where_it_was_prepared(worlds, merged):
+def test_the_kinetics_validation_part_is_checked_where_it_was_prepared(worlds):
     root, ava = worlds
     clip = 'bbbbbbbbbbb_000103_000107'
     (root / 'kinetics_val.csv').write_text(ROW.replace(CLIP, clip))
     (root / 'kinetics_val_proposal.pkl').write_bytes(pickle.dumps({}))
     fake_frames(root / 'rawframes', clip)
-    title, movies = 'Kinetics validation', 0
-    if merged:
-        (root / 'annotations/ava_val_v2.2.csv').write_text(f'{MOVIES[0]},1000,0,0,1,1,12,0\n')
-        run('merge_annotations.py', f'--avakinetics_root={root}', '--split=val')
-        title, movies = 'Validation on AVA and Kinetics', 1
+    assert 'merge_annotations.py --avakinetics_root=' in errors(link(root, ava, code=1))
+    run('merge_annotations.py', f'--avakinetics_root={root}', '--split=val')
+    title, movies = 'Validation on AVA and Kinetics', 1
     said = link(root, ava).stdout
     assert f'{title}: 1 Kinetics clips and {movies} AVA movies, 0 of them not complete' in said
     assert said.endswith(READY) and f'<h2>{title}</h2>' in (root / 'report.html').read_text()
