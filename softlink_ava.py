@@ -375,15 +375,15 @@ def draw_plots(boxes: pd.DataFrame, keyframes: pd.DataFrame, table: pd.DataFrame
     people = keyframes.boxes.clip(upper=6)
     actions, figures = crosstab(table.action_name, table.source), ''
     actions = actions.loc[actions.sum(axis=1).sort_values().index]
-    for counts, kind, title, label in (
-        (crosstab(heights, boxes.source), 'bar', 'Boxes by height', 'of the frame, rounded down'),
-        (crosstab(people, keyframes.source), 'bar', 'Keyframes by people', '6: or more'),
-        (actions, 'barh', 'Annotations by action', ''),
+    for counts, kind, title, *labels in (
+        (crosstab(heights, boxes.source), 'bar', 'Height', 'of the frame, rounded down', 'boxes'),
+        (crosstab(people, keyframes.source), 'bar', 'People', '6: or more', 'keyframes'),
+        (actions, 'barh', 'Actions', 'annotations', ''),
     ):
         figure, content = Figure((5, 3 + 0.16 * len(counts)), layout='constrained'), io.BytesIO()
-        axes = counts.plot(ax=figure.add_subplot(), kind=kind, width=0.8, rot=0, fontsize=8)
-        axes.set(title=title, xlabel=label)
-        axes.set_xscale('symlog' if kind == 'barh' else 'linear')
+        axes, log = figure.add_subplot(), 'sym' if kind == 'barh' else False
+        counts.plot(ax=axes, kind=kind, logx=log, width=0.8, rot=0, fontsize=8)
+        axes.set(title=title, xlabel=labels[0], ylabel=labels[1])
         with matplotlib.rc_context({'svg.hashsalt': 'page'}):  # the same for the same counts
             figure.savefig(content, format='svg', metadata={'Date': None})
         address = data_url(content.getvalue(), 'svg+xml')

@@ -93,7 +93,10 @@ def test_keyframes_show_annotations_and_proposals(root, page):
         base64.b64decode(plot).decode()
         for plot in re.findall(r'data:image/svg[+]xml;base64,([^"]+)', page)
     ]
-    assert len(plots) == 3 and 'talk to (e.g., self, a person, a group) 79' in ''.join(plots)
+    ticks = [set(re.findall('<!-- (.*?) -->', plot)) for plot in plots]
+    assert len(ticks) == 3 and {'0.4', '0.6', 'boxes'} <= ticks[0]
+    assert {'1', '2', '3', 'keyframes'} <= ticks[1]
+    assert {'talk to (e.g., self, a person, a group) 79', 'annotations'} <= ticks[2]
 
 
 @pytest.mark.skipif(not CHROMIUM, reason='needs Chromium')
