@@ -70,10 +70,10 @@ FPS = 30
 PERSON = 0  # COCO's class
 CHUNK, CPU_CHUNK = 1024, 64  # frames that a process gets at once, and what a kill loses
 LOADERS = 4  # threads that load frames, in each process
-# Before it starts, a GPU is compared with the CPU on one of the first frames: the people who score
-# more than CLEAR_SCORE. Accepted shifts of boxes, as a fraction of the frame, and of scores are ten
+# Before it starts, a GPU is compared with the CPU on the first frames: the people who score more
+# than CLEAR_SCORE. Accepted shifts of boxes, as a fraction of the frame, and of scores are ten
 # times those of TF32, float16 and bfloat16
-FIRST_FRAMES = 8
+FIRST_FRAMES = 3
 CLEAR_SCORE, MAX_BOX_SHIFT, MAX_SCORE_SHIFT = 0.6, 0.05, 0.1
 NOTED = 'key', 'file', 'size', 'mtime', 'people'  # in a frame's line of the file of detections
 FRACTION = r'(-?\d*\.?\d+)'
@@ -504,18 +504,14 @@ def start_detector(options: Options) -> tuple[Module, Callable, str]:
         return model, pipeline, device
     loaded = load_frames(options.first_frames, options.root, pipeline)
     first = [data for _, data in loaded if isinstance(data, dict)]
+    people = []
     try:
-        for data in first:
-            expected = people_of(predict(model, [data], 'cpu', False)[0], 0)
-            if (expected[:, 4] > CLEAR_SCORE).any():
-                break
-        model.to(device)
-        same = not first or same_people(
-            people_of(predict(model, [data], device, options.amp)[0], 0), expected
-        )
+        for where, amp in ('cpu', False), (device, options.amp):
+            model.to(where)
+            people.append([people_of(predict(model, [data], where, amp)[0], 0) for data in first])
     except Exception as error:  # whatever an arbitrary model, or a broken device, raises
         raise DetectorError(f'the detector cannot run: {first_line(error)}') from None
-    if not same:
+    if not all(map(same_people, *people)):
         raise DetectorError(f'the detector is wrong on {device}: the CPU finds other people')
     return model, pipeline, device
 
