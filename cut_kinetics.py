@@ -396,12 +396,13 @@ def cut_clip(
     av.logging.set_skip_repeated(False)
     start, end = (second - source.start for second in clip_range(source, seconds))
     clip = args.videos / clip_name(source, seconds)
-    places = (os.path.join(folder, source.path) for folder in args.folders)
-    path = next(filter(os.path.isfile, places), None)
-    if content is None and is_current(clip, path):
-        return COMPLETE
-    if content is None and not path:
-        return f'file missing: {source.path}'
+    if content is None:
+        places = (os.path.join(folder, source.path) for folder in args.folders)
+        path = next(filter(os.path.isfile, places), None)
+        if is_current(clip, path):
+            return COMPLETE
+        if not path:
+            return f'file missing: {source.path}'
     try:
         with open(path, 'rb') if content is None else io.BytesIO(content) as file:
             encoded = encode(nearest(decode(file, start), start, end), args.short_side)
@@ -459,12 +460,16 @@ def read_members(file: BinaryIO, keyframes: Keyframes) -> Iterator[tuple]:
         if stream.peek(4).startswith(magic):
             stream = decompress(stream)
             break
+    count = 0
     with tarfile.open(fileobj=stream, mode='r|', bufsize=1 << 20, ignore_zeros=True) as tar:
         while member := tar.next():
             tar.members.clear()  # else memory grows with the archive
             source = parse_name(member.name)
+            count += source is not None
             if source and member.isfile() and find_held(source, keyframes):
                 yield source, tar.extractfile(member).read(MAX_BYTES)
+    if not count:
+        raise tarfile.ReadError('it holds no video of Kinetics-700')
 
 
 def read_ledger(path: Path) -> dict[str, list[str] | str]:
