@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Step 3: cut the annotated clips out of the Kinetics-700 videos.
+r"""Step 3: cut the annotated clips out of the Kinetics-700 videos.
 
 Reads the annotations of AVA-Kinetics (kinetics_train_v1.0.csv) and the videos of Kinetics-700, from
 a list of files or straight from archives, and writes ROOT/videos/<video id>_<start>_<end>.mp4: the
@@ -10,8 +10,8 @@ Keyframes without a clip are listed in ROOT/reports/cut_kinetics_train.csv, with
 same command continues after an interruption. A clip that is older than its listed source is cut
 again. With --split val, the annotations, the list and the report have val in their names.
 
-    python3 cut_kinetics.py --avakinetics_anotation=./ava_kinetics_v1_0 \\
-        --kinetics_list=$MMACTION2/data/kinetics700/kinetics700_train_list_videos.txt \\
+    python3 cut_kinetics.py --avakinetics_anotation=./ava_kinetics_v1_0 \
+        --kinetics_list=$MMACTION2/data/kinetics700/kinetics700_train_list_videos.txt \
         --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
 
@@ -23,7 +23,6 @@ import contextlib
 import csv
 import ctypes
 import fcntl
-import functools
 import gzip
 import hashlib
 import importlib
@@ -49,11 +48,12 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Callable, Iterable, Iterator, NamedTuple
 
+import av
+import numpy as np
 from joblib import cpu_count
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from av import VideoFrame
     from distributed import Client
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
@@ -62,9 +62,9 @@ CONTEXT_S = 2  # kept before and after the keyframes; MMAction2's windows reach 
 MAX_OFF_S = 0.75  # how far a frame may be from its due time, where the source has gaps
 # Codec delays put the first picture up to 0.1 s behind the sound; beyond 0.2 s, some are missing
 MAX_LEAD_S = 0.2
-# More SSIM than x264's defaults (medium, crf 23) at a third of the time, below 1.8 times the size.
-# Without CABAC (9 % of the size), Step 4 and training decode a quarter faster; large pictures need
-# it to stay below 1.8 times the size
+# Chosen for more SSIM than x264's defaults (medium, crf 23) at a third of the time, below 1.8 times
+# the size. Without CABAC (9 % of the size), Step 4 and training decode a quarter faster; large
+# pictures need it to stay below 1.8 times the size
 ENCODER = dict(preset='superfast', bf='1', b_strategy='0', weightp='0')
 SMALL, LARGE = dict(crf='21.4', coder='vlc'), dict(crf='21.6')
 LARGE_SIDE = 480  # pixels of the short side, above which LARGE is used
@@ -80,12 +80,14 @@ BT601 = 6  # matrix_coefficients of ITU-T H.273
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 COMPLETE = 'there already'
 AHEAD = 500  # items that a cluster is given at once
-# by their first bytes; tarfile itself stops after the first of several compressed pieces
+# How to open a compressed archive, by its first bytes; tarfile's own way stops after the first of
+# several compressed pieces
 OPENERS = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zX': lzma.open}
 FRACTION = r'(0?\.\d+|[01](?:\.0*)?|\d(?:\.\d+)?e-\d+)'  # 0 to 1
 # video, timestamp and, if somebody is annotated there, box and action
 ROW = re.compile(
-    rf'([A-Za-z0-9_-]{{11}}),(\d{{1,6}})(?:\.\d*)?(?:{f",{FRACTION}" * 4},([1-9]|[1-7]\d|80))?',
+    r'([A-Za-z0-9_-]{11}),(\d{1,6})(?:\.\d*)?'
+    rf'(?:,,,,,|{f",{FRACTION}" * 4},([1-9]|[1-7]\d|80))?',
     re.ASCII,
 )
 LABEL = re.compile(r'\s+[+-]?[0-9]+$')  # of a list's line
@@ -177,14 +179,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    parser.convert_arg_line_to_args = lambda line: [line] if line.strip() else []  # of @FILE
+    args = parser.parse_args(argv)
     if args.kinetics_list and args.kinetics_archives:
         sys.exit('error: give --kinetics_list or --kinetics_archives, not both')
     if args.num_workers < 1 and args.num_workers != -1:
         sys.exit('error: --num_workers must be 1 or more, or -1 for all CPUs')
     if args.short_side is not None and (args.short_side < 2 or args.short_side % 2):
         sys.exit('error: --short_side must be an even number of pixels, such as 256')
-    args.kinetics_archives = list(filter(None, args.kinetics_archives))  # @FILE has empty lines
+    if '' in args.kinetics_archives:
+        sys.exit('error: --kinetics_archives is empty; give archives or --kinetics_list')
     listed = MMACTION2 / f'data/kinetics700/kinetics700_{args.split}_list_videos.txt'
     args.kinetics_list = (args.kinetics_list or listed).absolute()
     folder = args.kinetics_list.parent
@@ -203,7 +208,7 @@ def read_keyframes(path: Path) -> tuple[Keyframes, list[tuple]]:
     keyframes, problems = defaultdict(set), []
     with open(path, encoding='utf-8-sig', errors='replace') as file:
         for number, line in enumerate(map(str.strip, file), 1):
-            row = ROW.fullmatch(line.rstrip(','))
+            row = ROW.fullmatch(line)
             if row and row[3]:
                 keyframes[row[1]].add(int(row[2]))  # as MMAction2 names keyframes
             elif line and not row:
@@ -237,7 +242,8 @@ def read_list(path: Path, keyframes: Keyframes) -> tuple[dict[Source, list[int]]
                 problems.append(('', '', f'malformed list line: {reason}'))
     held = {source: seconds for source, seconds in sources.items() if seconds}
     if not held:
-        first = problems[0][2] if problems and not sources else 'is it of this split?'
+        reasons = [row[2] for row in problems] or ['it is empty; do Step 1 again']
+        first = 'is it of this split?' if sources else reasons[0]
         sys.exit(f'error: {path} names {len(sources)} videos, none of them annotated: {first}')
     return held, problems
 
@@ -258,15 +264,13 @@ def clip_name(source: Source, seconds: list[int]) -> str:
     return '{}_{:06d}_{:06d}.mp4'.format(source.video, *clip_range(source, seconds))
 
 
-def decode(file: BinaryIO, start: float) -> Iterator[tuple[float, VideoFrame, str | None]]:
+def decode(file: BinaryIO, start: float) -> Iterator[tuple[float, av.VideoFrame, str | None]]:
     """Yield (time, picture, fault) for each picture of a video; times are in seconds.
 
     The fault is an error with which this picture or an earlier one was decoded. It is forgotten at
     each key frame up to `start`, on which later pictures alone depend. Time 0 is the first picture
     or, if that comes more than MAX_LEAD_S after the container's start, the container's start.
     """
-    import av
-
     options = {'format_whitelist': CONTAINERS, 'max_pixels': str(MAX_PIXELS)}
     with av.logging.Capture() as log, av.open(file, options=options) as video:
         log.clear()
@@ -275,7 +279,7 @@ def decode(file: BinaryIO, start: float) -> Iterator[tuple[float, VideoFrame, st
             raise Unusable('unreadable video: it holds no pictures that can be decoded')
         stream.thread_type = 'NONE'
         stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}
-        zero, now, fault, held = None, 0, None, deque()
+        zero, now, fault, pending = None, 0, None, deque()
         for packet in video.demux(stream):
             if zero is not None and packet.is_keyframe and packet.pts is not None:
                 if float(packet.pts * packet.time_base) - zero <= start:
@@ -298,10 +302,10 @@ def decode(file: BinaryIO, start: float) -> Iterator[tuple[float, VideoFrame, st
                     begin = (video.start_time or 0) / av.time_base
                     zero = begin if picture.time - begin > MAX_LEAD_S else picture.time
                 now = picture.time - zero
-                held.append((now, picture))
-                if len(held) > DELAY:
-                    yield *held.popleft(), fault
-        yield from ((*picture, fault) for picture in held)
+                pending.append((now, picture))
+                if len(pending) > DELAY:
+                    yield *pending.popleft(), fault
+        yield from ((*picture, fault) for picture in pending)
         if zero is None:
             raise Unusable(f'unreadable video: {fault or "it holds no pictures"}')
         if fault:
@@ -309,8 +313,8 @@ def decode(file: BinaryIO, start: float) -> Iterator[tuple[float, VideoFrame, st
 
 
 def nearest(
-    pictures: Iterator[tuple[float, VideoFrame, str | None]], start: int, end: int
-) -> Iterator[VideoFrame]:
+    pictures: Iterator[tuple[float, av.VideoFrame, str | None]], start: int, end: int
+) -> Iterator[av.VideoFrame]:
     """Yield the picture that is nearest to each time that is due, FPS a second from start to end.
 
     Raises Unusable where it is more than MAX_OFF_S away, or was decoded with an error.
@@ -332,11 +336,8 @@ def nearest(
         yield picture
 
 
-def scale(picture: VideoFrame, short_side: int | None) -> VideoFrame:
+def scale(picture: av.VideoFrame, short_side: int | None) -> av.VideoFrame:
     """The picture as it is encoded: upright, no larger than wanted, even sides, yuv420p, BT.601."""
-    import av
-    import numpy as np
-
     if picture.rotation % 360:  # players turn it
         turned = np.rot90(picture.to_ndarray(format='rgb24'), picture.rotation // 90)
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(turned), 'rgb24')
@@ -352,10 +353,8 @@ def scale(picture: VideoFrame, short_side: int | None) -> VideoFrame:
     )
 
 
-def encode(pictures: Iterator[VideoFrame], short_side: int | None) -> bytes:
+def encode(pictures: Iterator[av.VideoFrame], short_side: int | None) -> bytes:
     """An H.264 clip (mp4) of these pictures."""
-    import av
-
     content, size = io.BytesIO(), None
     with av.open(content, 'w', format='mp4') as clip:
         for index, picture in enumerate(pictures):
@@ -390,8 +389,6 @@ def cut_clip(
 
     Returns None, COMPLETE if it was there already, or why it cannot be had from this source.
     """
-    import av
-
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)
     start, end = (second - source.start for second in clip_range(source, seconds))
@@ -417,7 +414,7 @@ def cut_clip(
     return None
 
 
-class Patient(io.RawIOBase):
+class RetryingFile(io.RawIOBase):
     """A file that is read on after a dropped connection."""
 
     def __init__(self, file):
@@ -454,8 +451,10 @@ def open_archive(name: str) -> tuple[BinaryIO, str]:
 
 
 def read_members(file: BinaryIO, keyframes: Keyframes) -> Iterator[tuple]:
-    """Yield (source, content) of the annotated videos in a tar archive."""
-    stream = io.BufferedReader(Patient(file), 1 << 20)
+    """Yield (source, seconds, content) of the annotated videos in a tar archive, or in several
+    that follow one another.
+    """
+    stream = io.BufferedReader(RetryingFile(file), 1 << 20)
     for magic, decompress in OPENERS.items():
         if stream.peek(4).startswith(magic):
             stream = decompress(stream)
@@ -466,8 +465,9 @@ def read_members(file: BinaryIO, keyframes: Keyframes) -> Iterator[tuple]:
             tar.members.clear()  # else memory grows with the archive
             source = parse_name(member.name)
             count += source is not None
-            if source and member.isfile() and find_held(source, keyframes):
-                yield source, tar.extractfile(member).read(MAX_BYTES)
+            seconds = find_held(source, keyframes) if source and member.isfile() else []
+            if seconds:
+                yield source, seconds, tar.extractfile(member).read(MAX_BYTES)
     if not count:
         raise tarfile.ReadError('it holds no video of Kinetics-700')
 
@@ -505,8 +505,7 @@ def plan_archives(
                 clip in noted or (args.videos / clip).exists() for clip in noted[name]
             ):
                 continue
-            for source, content in read_members(file, keyframes):
-                seconds = find_held(source, keyframes)
+            for source, seconds, content in read_members(file, keyframes):
                 clip = clip_name(source, seconds)
                 clips.add(clip)
                 if not (args.videos / clip).exists():
@@ -544,14 +543,13 @@ def shield() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-@functools.cache
 def connect(address: str) -> tuple[Client, type]:
     """A client of a Dask scheduler, and the error of items whose workers died."""
     try:
         from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    logging.disable()  # Dask logs tracebacks of what is reported in a line below
+    logging.disable()  # Dask would log tracebacks of errors that are reported in one line
     try:
         client = Client(address, timeout=10)
         client.wait_for_workers(1, timeout=30)
@@ -568,15 +566,16 @@ def run_all(
 
     Items are taken as workers get free.
     """
-    killed, ahead, workers = (), AHEAD, args.num_workers if args.num_workers > 0 else cpu_count()
+    workers = args.num_workers if args.num_workers > 0 else cpu_count()
     if workers == 1 and not args.dask_scheduler:  # in this process, where a debugger reaches it
         yield from ((item, function(*item), None) for item in items)
         return
     if args.dask_scheduler:
         client, killed = connect(args.dask_scheduler)
-        executor = client.get_executor(pure=False)
+        executor, ahead = client.get_executor(pure=False), AHEAD
     else:
         executor, ahead = ProcessPoolExecutor(workers, get_context('spawn'), shield), 2 * workers
+        killed = ()  # catches nothing
     waiting, todo = iter(items), {}
     try:
         while True:
@@ -593,7 +592,7 @@ def run_all(
     except BrokenProcessPool:
         sys.exit(
             'error: a worker process was killed, as it happens when memory runs out; run the same '
-            'command again, with fewer workers'
+            'command again, with fewer of them'
         )
     except CancelledError:
         sys.exit('error: the Dask scheduler went away; run the same command again')
@@ -605,8 +604,6 @@ def run_all(
 
 def note_options(args: argparse.Namespace) -> None:
     """Note what shapes the clips; exits if there are clips that were made with other options."""
-    import av
-
     path, noted = args.reports / 'cut_kinetics_options.json', {}
     options = dict(short_side=args.short_side, av=av.__version__, clip_format=CLIP_FORMAT)
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -617,9 +614,10 @@ def note_options(args: argparse.Namespace) -> None:
             for name, value in options.items()
             if noted.get(name) != value
         ]
+        how = '; '.join(differ) if noted else f'unknown options (there is no {path})'
         sys.exit(
-            f'error: the clips in {args.videos} were made with {"; ".join(differ)}; give the same '
-            'options and install the same av, or move these clips away'
+            f'error: the clips in {args.videos} were made with {how}; give the same options and '
+            'install the same av, or move these clips away'
         )
     write(path, json.dumps(options).encode())
 
@@ -667,49 +665,49 @@ def cut(args: argparse.Namespace) -> None:
             clip = clip_name(*item[:2])
             if answer != COMPLETE:
                 outcomes[clip] = answer or failure
-            if outcomes.get(clip) and args.kinetics_archives:
-                note(args.ledger, clip, outcomes[clip])
+            if answer and args.kinetics_archives:
+                note(args.ledger, clip, answer)
     problems += [('', '', f'unreadable archive: {reason}') for reason in unreadable]
-    held = find_clips(os.listdir(args.videos), keyframes)
-    tell(held, outcomes, keyframes, problems, args)
+    there = find_clips(os.listdir(args.videos), keyframes)
+    report(there, outcomes, keyframes, problems, args)
     if unreadable:
         sys.exit(f'error: {len(unreadable)} archives cannot be read to the end: {unreadable[0]}')
-    if not held:
+    if not there:
         sys.exit('error: not one clip could be cut; the report says why')
 
 
-def tell(
-    held: dict, outcomes: dict, keyframes: Keyframes, problems: list, args: argparse.Namespace
+def report(
+    there: dict, outcomes: dict, keyframes: Keyframes, problems: list, args: argparse.Namespace
 ) -> None:
-    """Write the report and print the summary."""
+    """Write the report and print the summary; `there` has the clip of each keyframe."""
     failed, rows = find_clips(outcomes, keyframes), []
     wanted = [(video, second) for video, seconds in keyframes.items() for second in seconds]
     for keyframe in wanted:
-        reason = outcomes.get(held.get(keyframe, failed.get(keyframe)))
-        if keyframe not in held:
+        reason = outcomes.get(there.get(keyframe, failed.get(keyframe)))
+        if keyframe not in there:
             rows.append((*keyframe, reason or 'no video that could be read holds this second'))
         elif reason and not args.kinetics_archives:  # its source is newer, and broken
             rows.append((*keyframe, f'older clip kept: {reason}'))
     rows += problems
-    report = args.reports / f'cut_kinetics_{args.split}.csv'
-    write_csv(report, [('video_id', 'timestamp', 'reason'), *rows])
-    clips = set(held.values())
-    made = sum(outcomes.get(clip, 'there') is None for clip in clips)
+    path = args.reports / f'cut_kinetics_{args.split}.csv'
+    write_csv(path, [('video_id', 'timestamp', 'reason'), *rows])
+    clips = set(there.values())
+    made = sum(outcomes.get(clip, COMPLETE) is None for clip in clips)
     print(
         f'{len(clips)} clips in {args.videos} ({made} cut now, {len(clips) - made} there already) '
-        f'for {len(held)} of {len(wanted)} annotated keyframes'
+        f'for {len(there)} of {len(wanted)} annotated keyframes'
     )
     for reason, count in Counter(row[2].split(':')[0] for row in rows).items():
         print(f'  {reason}: {count:,}')
     if rows:
-        print(f'  report: {report}')
+        print(f'  report: {path}')
 
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
     try:
         cut(parse_args(argv))
-    except OSError as error:  # a full disk, missing permissions
+    except (OSError, UnicodeDecodeError) as error:  # a full disk, permissions; an @FILE of bytes
         sys.exit(f'error: {error}; fix it, then run the same command again')
     except KeyboardInterrupt:
         print('interrupted; run the same command again', file=sys.stderr)

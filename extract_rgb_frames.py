@@ -34,12 +34,14 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator
 
+import av
+import cv2
+import numpy as np
+import simplejpeg
 from joblib import cpu_count
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    import numpy as np
-    from av import VideoFrame
     from distributed import Client
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
@@ -110,19 +112,13 @@ def is_complete(clip: str, args: argparse.Namespace) -> bool:
 @functools.cache
 def full_range() -> list[np.ndarray]:
     """Tables from the range of video, luma 16 to 235 and chroma 16 to 240, to JPEG's 0 to 255."""
-    import numpy as np
-
     levels = np.arange(256)
     luma, chroma = (levels - 16) * 255 / 219, (levels - 128) * 255 / 224 + 128
     return [np.clip(table, 0, 255).round().astype(np.uint8) for table in (luma, chroma, chroma)]
 
 
-def encode_jpeg(frame: VideoFrame) -> bytes:
+def encode_jpeg(frame: av.VideoFrame) -> bytes:
     """A frame as JPEG; of our own clips only the range of the planes changes, which costs least."""
-    import cv2
-    import numpy as np
-    import simplejpeg
-
     if frame.format.name != 'yuv420p' or frame.colorspace == BT709:  # not of Step 3
         frame = frame.reformat(format='yuvj420p', dst_colorspace='ITU601', dst_color_range='JPEG')
     planes = []
@@ -138,8 +134,6 @@ def extract_clip(clip: str, args: argparse.Namespace) -> str | None:
 
     Returns None, COMPLETE if they were there already, or why they cannot be extracted.
     """
-    import av
-
     if is_complete(clip, args):
         return COMPLETE
     expected, count = count_frames(clip), 0
@@ -162,7 +156,8 @@ def extract_clip(clip: str, args: argparse.Namespace) -> str | None:
         return None
     # IndexError: no pictures; AttributeError: no decoder for them
     except (av.FFmpegError, IndexError, AttributeError, ValueError) as error:
-        return f'unreadable clip: {getattr(error, "strerror", None) or error}'
+        reason = getattr(error, 'strerror', None) or error
+        return f'unreadable clip: {reason}; remove it, repeat Step 3'
     finally:
         for folder in work, f'{work}.old':
             shutil.rmtree(folder, ignore_errors=True)
@@ -194,14 +189,13 @@ def shield() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-@functools.cache
 def connect(address: str) -> tuple[Client, type]:
     """A client of a Dask scheduler, and the error of items whose workers died."""
     try:
         from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    logging.disable()  # Dask logs tracebacks of what is reported in a line below
+    logging.disable()  # Dask would log tracebacks of errors that are reported in one line
     try:
         client = Client(address, timeout=10)
         client.wait_for_workers(1, timeout=30)
@@ -218,15 +212,16 @@ def run_all(
 
     Items are taken as workers get free.
     """
-    killed, ahead, workers = (), AHEAD, args.num_workers if args.num_workers > 0 else cpu_count()
+    workers = args.num_workers if args.num_workers > 0 else cpu_count()
     if workers == 1 and not args.dask_scheduler:  # in this process, where a debugger reaches it
         yield from ((item, function(*item), None) for item in items)
         return
     if args.dask_scheduler:
         client, killed = connect(args.dask_scheduler)
-        executor = client.get_executor(pure=False)
+        executor, ahead = client.get_executor(pure=False), AHEAD
     else:
         executor, ahead = ProcessPoolExecutor(workers, get_context('spawn'), shield), 2 * workers
+        killed = ()  # catches nothing
     waiting, todo = iter(items), {}
     try:
         while True:
@@ -243,7 +238,7 @@ def run_all(
     except BrokenProcessPool:
         sys.exit(
             'error: a worker process was killed, as it happens when memory runs out; run the same '
-            'command again, with fewer workers'
+            'command again, with fewer of them'
         )
     except CancelledError:
         sys.exit('error: the Dask scheduler went away; run the same command again')
@@ -261,22 +256,20 @@ def extract(args: argparse.Namespace) -> None:
     items = [(clip, args) for clip in names if CLIP_NAME.fullmatch(clip)]
     if not items:
         sys.exit(f'error: {args.videos} holds no clip; do Step 3 (cut_kinetics.py) first')
-    outcomes, rows = Counter(), []
     with workspace(args.work), contextlib.closing(run_all(extract_clip, items, args)) as answers:
-        for item, answer, failure in tqdm(answers, 'extract', len(items), unit='clip', delay=1):
-            reason = answer or failure
-            outcomes[reason and reason.split(':')[0]] += 1
-            if reason and reason != COMPLETE:
-                rows.append((item[0], reason))
+        bar = tqdm(answers, 'extract', len(items), unit='clip', delay=1)
+        outcomes = {item[0]: answer or failure for item, answer, failure in bar}
+    rows = sorted(row for row in outcomes.items() if row[1] not in (None, COMPLETE))
     report = args.reports / 'extract_rgb_frames.csv'
-    write_csv(report, [('clip', 'reason'), *sorted(rows)])
+    write_csv(report, [('clip', 'reason'), *rows])
 
-    made, there = outcomes.pop(None, 0), outcomes.pop(COMPLETE, 0)
+    there = list(outcomes.values()).count(COMPLETE)
+    made = len(items) - len(rows) - there
     print(
         f'{made + there} of {len(items)} clips in {args.frames} '
         f'({made} extracted now, {there} there already)'
     )
-    for reason, count in outcomes.items():
+    for reason, count in Counter(reason.split(':')[0] for _, reason in rows).items():
         print(f'  {count} left out: {reason}')
     if rows:
         print(f'  report: {report}')

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Step 6: detect the people on the annotated keyframes.
+r"""Step 6: detect the people on the annotated keyframes.
 
-Reads ROOT/kinetics_train.csv and the frames in ROOT/rawframes, or in ROOT/videos for a clip that
-has no raw frames. Runs a person detector of mmdetection on each annotated keyframe and on the
+Reads ROOT/kinetics_train.csv and the frames in ROOT/rawframes, or in ROOT/videos where raw frames
+are missing or older. Runs a person detector of mmdetection on each annotated keyframe and on the
 seconds before and after it. Writes ROOT/kinetics_proposal.pkl: a dict with keys
 '<video id>,<second:04d>' and values float64 (n, 5) of x1, y1, x2, y2, score, relative to the frame,
-score > 0.7. A frame without people has no key. Frames that could not be read are in
+score > --score_thr. A frame without people has no key. Frames that could not be read are in
 ROOT/reports/fetch_proposal_train.csv; how well the proposals match the annotated boxes is in
 ROOT/reports/recall_train.csv.
 
@@ -75,7 +75,7 @@ LOADERS = 4  # threads that load frames, in each process
 # times those of TF32, float16 and bfloat16
 FIRST_FRAMES = 3
 CLEAR_SCORE, MAX_BOX_SHIFT, MAX_SCORE_SHIFT = 0.6, 0.05, 0.1
-NOTED = 'key', 'file', 'size', 'mtime', 'people'  # in a frame's line of the file of detections
+NOTED = 'key', 'file', 'size', 'people'  # in a frame's line of the file of detections
 FRACTION = r'(-?\d*\.?\d+)'
 # clip, second, box, action, entity
 ROW = re.compile(
@@ -91,7 +91,7 @@ class DetectorError(Exception):
 
 class Frame(NamedTuple):
     """A frame to detect people on: its key in the pickle, its clip, its second of the YouTube
-    video, and the file below ROOT that it is read from, with its size and modification time (s).
+    video, and the file below ROOT that it is read from, with its size in bytes.
     """
 
     key: str
@@ -99,7 +99,6 @@ class Frame(NamedTuple):
     second: int
     file: str
     size: int
-    mtime: int
 
     @property
     def index(self) -> int:
@@ -107,9 +106,9 @@ class Frame(NamedTuple):
         return (self.second - int(self.clip[-13:-7])) * FPS
 
     @property
-    def state(self) -> tuple[str, str, int, int]:
-        """What tells a frame that changed."""
-        return self.key, self.file, self.size, self.mtime
+    def state(self) -> tuple[str, str, int]:
+        """What tells a frame that changed; a time would tell each frame that was copied."""
+        return self.key, self.file, self.size
 
 
 class Options(NamedTuple):
@@ -269,18 +268,18 @@ def key_of(clip: str, second: int) -> str:
     return f'{clip[:11]},{second:04d}'
 
 
-def find_file(root: Path, clip: str, second: int) -> tuple[str, int, int]:
-    """The file below ROOT that a frame is read from, its size and modification time.
+def find_file(root: Path, clip: str, second: int) -> tuple[str, int]:
+    """The file below ROOT that a frame is read from, and its size in bytes.
 
-    A raw frame or, if that is missing or older, the clip. Whole seconds, as tar keeps them.
+    A raw frame or, if that is missing or older, the clip. By whole seconds, as tar keeps them.
     """
     image = f'rawframes/{clip}/img_{(second - int(clip[-13:-7])) * FPS + 1:05d}.jpg'
-    found = [(image, 0, 0)]
+    found = [(0, image, 0)]
     for file in image, f'videos/{clip}.mp4':
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             state = os.stat(root / file)
-            found.append((file, state.st_size, int(state.st_mtime)))
-    return max(found, key=lambda file: file[2])
+            found.append((int(state.st_mtime), file, state.st_size))
+    return max(found, key=lambda file: file[0])[1:]
 
 
 def plan_frames(keyframes: Iterable[tuple[str, int]], neighbors: int, root: Path) -> list[Frame]:
@@ -326,7 +325,7 @@ def read_frame(root: Path, frame: Frame) -> np.ndarray:
 
 def local_checkpoint(source: str) -> Path:
     """The file of a checkpoint; a URL is downloaded once, to where PyTorch keeps such files."""
-    path = Path(source).absolute()
+    path = Path(source).expanduser().absolute()
     if re.match(r'https?://', source):
         import torch
 
@@ -340,11 +339,10 @@ def local_checkpoint(source: str) -> Path:
             reason = f'cannot be downloaded ({error}); give a file with --checkpoint'
             sys.exit(f'error: {source} {reason}')
     if not path.is_file():
-        sys.exit(f'error: {path} not found; set --checkpoint to a file or URL')
+        sys.exit(f'error: checkpoint {source!r} not found; set --checkpoint to a file or URL')
     return path
 
 
-@functools.cache
 def use_torchvision_operators() -> None:
     """Give mmcv-lite, which has no compiled operators, those of torchvision and PyTorch.
 
@@ -482,7 +480,9 @@ def people_of(answer, score_thr: float) -> np.ndarray:
 
 
 def same_people(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    """Whether at least half of those who score clearly are on the other side, too; (n, 5) each."""
+    """Whether at least half of the clear detections of both (n, 5) have a match in the other: a
+    broken device finds nearly none.
+    """
     near = [MAX_BOX_SHIFT] * 4 + [MAX_SCORE_SHIFT]
     matched = [
         (abs(others - person) < near).all(axis=1).any()
@@ -584,14 +584,13 @@ def shield() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-@functools.cache
 def connect(address: str) -> tuple[Client, type]:
     """A client of a Dask scheduler, and the error of items whose workers died."""
     try:
         from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    logging.disable()  # Dask logs tracebacks of what is reported in a line below
+    logging.disable()  # Dask would log tracebacks of errors that are reported in one line
     try:
         client = Client(address, timeout=10)
         client.wait_for_workers(1, timeout=30)
@@ -608,15 +607,16 @@ def run_all(
 
     Items are taken as workers get free.
     """
-    killed, ahead, workers = (), AHEAD, args.num_workers if args.num_workers > 0 else cpu_count()
+    workers = args.num_workers if args.num_workers > 0 else cpu_count()
     if workers == 1 and not args.dask_scheduler:  # in this process, where a debugger reaches it
         yield from ((item, function(*item), None) for item in items)
         return
     if args.dask_scheduler:
         client, killed = connect(args.dask_scheduler)
-        executor = client.get_executor(pure=False)
+        executor, ahead = client.get_executor(pure=False), AHEAD
     else:
         executor, ahead = ProcessPoolExecutor(workers, get_context('spawn'), shield), 2 * workers
+        killed = ()  # catches nothing
     waiting, todo = iter(items), {}
     try:
         while True:
@@ -633,7 +633,7 @@ def run_all(
     except BrokenProcessPool:
         sys.exit(
             'error: a worker process was killed, as it happens when memory runs out; run the same '
-            'command again, with fewer workers'
+            'command again, with fewer of them'
         )
     except CancelledError:
         sys.exit('error: the Dask scheduler went away; run the same command again')
@@ -644,8 +644,7 @@ def run_all(
 
 
 def read_detections(path: Path, identity: str, score_thr: float) -> dict[tuple, np.ndarray]:
-    """(key, file, size, modification time) of each frame that this detector was run on -> its
-    people (n, 5).
+    """(key, file, size) of each frame that this detector was run on -> its people (n, 5).
 
     The file holds JSON lines: each run appends one for its detector and --score_thr, then one for
     each frame. After a damaged line all is ignored up to the next detector's.
@@ -696,16 +695,19 @@ def report_recall(path: Path, keyframes: dict[tuple, set], proposals: dict) -> N
     import torch
     from torchvision.ops import box_iou
 
-    rows, overlaps, nobody = [], [], np.zeros((1, 5))  # which matches no box
+    rows, overlaps = [], []
     for (clip, second), boxes in keyframes.items():
-        people = proposals.get(key_of(clip, second), nobody)
+        people = proposals.get(key_of(clip, second), np.empty((0, 5)))
         annotated = torch.tensor(sorted(boxes), dtype=torch.float64)
-        best = box_iou(annotated, torch.from_numpy(people[:, :4])).amax(1).tolist()
+        found = box_iou(annotated, torch.from_numpy(people[:, :4])).tolist()
+        best = [max(overlap, default=0) for overlap in found]
         overlaps += best
-        met, count = sum(overlap >= 0.5 for overlap in best), len(people) * (people is not nobody)
-        rows.append((clip, second, len(boxes), met, count, f'{min(best):.3f}'))
-    rows.sort(key=lambda row: (float(row[-1]), row))
+        met = sum(overlap >= 0.5 for overlap in best)
+        rows.append((clip, second, len(boxes), met, len(people), f'{min(best):.3f}'))
+    rows.sort(key=lambda row: (row[-1], row))
     write_csv(path, [('clip', 'second', 'boxes', 'met', 'proposals', 'worst_iou'), *rows])
+    if not overlaps:
+        return
     recall, strict = (np.mean(np.array(overlaps) >= least) for least in (0.5, 0.75))
     print(
         f'  recall: proposals match {recall:.1%} of {len(overlaps)} annotated boxes at IoU 0.5, '
@@ -804,7 +806,7 @@ def fetch(args: argparse.Namespace) -> None:
     planned = plan_frames(keyframes, args.neighbors, args.avakinetics_root)
     frames = {frame.key: frame for frame in planned}
     people, unreadable = detect_missing(frames, checkpoint, args)
-    rows = sorted((*key.rsplit(',', 1), reason) for key, reason in unreadable.items())
+    rows = sorted((key[:11], frames[key].second, reason) for key, reason in unreadable.items())
     report = args.reports / f'fetch_proposal_{args.name}.csv'
     write_csv(report, [('video_id', 'timestamp', 'reason'), *rows])
     if not people:
@@ -817,8 +819,8 @@ def fetch(args: argparse.Namespace) -> None:
     report_recall(args.reports / f'recall_{args.name}.csv', seen, proposals)
     bare = sum(key_of(*keyframe) not in proposals for keyframe in keyframes)
     print(
-        f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: training takes the '
-        'whole frame there'
+        f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: MMAction2 takes '
+        'the whole frame there'
     )
     for reason, count in Counter(row[2].split(':')[0] for row in rows).items():
         print(f'  {count} left out: {reason}')

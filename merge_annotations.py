@@ -194,8 +194,7 @@ def merge(kinetics: Paths, ava: Paths, merged: Paths, copy_ava: str) -> None:
     print(
         f'{len(proposals)} frames with proposals in {merged.proposals}: '
         f'{len(proposals) - len(ava_proposals)} of Kinetics, {len(ava_proposals)} of AVA'
-        + f' ({collisions} keys in both)'
-        * bool(collisions)
+        + (f' ({collisions} keys in both)' if collisions else '')
     )
 
 
@@ -211,7 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     if split == 'val':
         name = 'ava_kinetics_dense_proposals_val.pkl'
         merged = Paths(notes / 'ava_kinetics_val_v2.2.csv', notes / name)
-    copy_ava = f"copy AVA's annotation folder: cp -r {MMACTION2}/data/ava/annotations/ {root}/"
+    command = f'cp -r {MMACTION2}/data/ava/annotations/ {root}/'
+    copy_ava = f"copy AVA's annotation folder of version 2.2: {command}"
     hints = [
         'do Step 5 (prepare_annotation.py) or set --avakinetics_root',
         'do Step 6 (fetch_proposal.py) first',

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Step 5: write the annotations of the clips that are there, as MMAction2 reads them.
+r"""Step 5: write the annotations of the clips that are there, as MMAction2 reads them.
 
 Reads the annotations of AVA-Kinetics (kinetics_train_v1.0.csv) and looks at each clip: at its
 frames in ROOT/rawframes, whoever made them, or at its video in ROOT/videos if frames are missing.
@@ -8,7 +8,7 @@ annotation, on the complete clip in which the keyframe is most centred. Keyframe
 listed in ROOT/reports/prepare_annotation_train.csv, with the reason. With --split val, all names
 have val in place of train.
 
-    python3 prepare_annotation.py --avakinetics_anotation=./ava_kinetics_v1_0 \\
+    python3 prepare_annotation.py --avakinetics_anotation=./ava_kinetics_v1_0 \
         --avakinetics_root=$MMACTION2/data/ava_kinetics
 """
 
@@ -27,6 +27,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
+import av
 from tqdm import tqdm
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
@@ -35,7 +36,8 @@ CLIP_NAME = re.compile(r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})')
 FRACTION = r'(0?\.\d+|[01](?:\.0*)?|\d(?:\.\d+)?e-\d+)'  # 0 to 1
 # video, timestamp and, if somebody is annotated there, box and action
 ROW = re.compile(
-    rf'([A-Za-z0-9_-]{{11}}),(\d{{1,6}})(?:\.\d*)?(?:{f",{FRACTION}" * 4},([1-9]|[1-7]\d|80))?',
+    r'([A-Za-z0-9_-]{11}),(\d{1,6})(?:\.\d*)?'
+    rf'(?:,,,,,|{f",{FRACTION}" * 4},([1-9]|[1-7]\d|80))?',
     re.ASCII,
 )
 
@@ -106,9 +108,11 @@ def read_annotations(path: Path) -> tuple[list[tuple], list[tuple]]:
     rows, problems = [], []
     with open(path, encoding='utf-8-sig', errors='replace') as file:
         for number, line in enumerate(map(str.strip, file), 1):
-            if row := ROW.fullmatch(line.rstrip(',')):
-                video, second, *numbers = row.groups()  # the second as MMAction2 names keyframes
-                rows.append((video, int(second), [float(text) for text in numbers if text]))
+            row = ROW.fullmatch(line)
+            video, second, *numbers = row.groups() if row else ('', '')
+            numbers = [float(text) for text in numbers if text]
+            if row and (not numbers or numbers[0] < numbers[2] and numbers[1] < numbers[3]):
+                rows.append((video, int(second), numbers))  # as MMAction2 names keyframes
             elif line:
                 problems.append(('', '', f'malformed annotation: line {number}: {line[:80]!r}'))
     return rows, problems
@@ -119,12 +123,10 @@ def frame_names(count: int) -> frozenset[str]:
     return frozenset(f'img_{index:05d}.jpg' for index in range(1, count + 1))
 
 
-def look_at(clip: Clip, root: Path) -> tuple[bool, str]:
-    """Whether a clip has all its raw frames, and what is wrong if neither they nor its video are
-    complete.
+def check_clip(clip: Clip, root: Path) -> tuple[bool, str]:
+    """(True, '') if a clip has all its raw frames, (False, '') if its video is intact, else (False,
+    what is wrong).
     """
-    import av
-
     total, problem = (clip.end - clip.start) * FPS, ''
     video, frames = root / f'videos/{clip.name}.mp4', root / 'rawframes' / clip.name
     try:
@@ -134,21 +136,19 @@ def look_at(clip: Clip, root: Path) -> tuple[bool, str]:
             problem = f'frames missing: {len(missing)} of {total}, first {min(missing)}'
         elif (frames / 'img_00001.jpg').stat().st_mtime >= since:
             return True, ''
-        else:
-            problem = 'frames older than their clip: all'
     except FileNotFoundError:  # no raw frames
         pass
     except OSError as error:
-        problem = f'unreadable clip: {error.strerror}'
+        problem = f'unreadable frames: {error.strerror}'
+    if video.exists():  # then it is what counts
+        problem = ''
     try:
         with av.open(str(video), format='mov') as packets:
             count = sum(packet.size > 0 for packet in packets.demux(video=0))
     except (av.FFmpegError, IndexError) as error:
         reason = getattr(error, 'strerror', None) or 'it holds no pictures'
         return False, problem or f'unreadable clip: {reason}'
-    if count == total:
-        return False, ''
-    return False, problem or f'wrong number of frames: {count} instead of {total}'
+    return False, '' if count == total else f'wrong number of frames: {count}, not {total}'
 
 
 def find_clips(root: Path, keyframes: set[tuple]) -> dict[str, list[Clip]]:
@@ -192,7 +192,7 @@ def prepare(args: argparse.Namespace) -> None:
             '(cut_kinetics.py) or set --avakinetics_root'
         )
     with ThreadPool(args.num_workers if args.num_workers > 0 else None) as threads:
-        looked = threads.imap(functools.partial(look_at, root=root), found, 64)
+        looked = threads.imap(functools.partial(check_clip, root=root), found, 64)
         states = dict(zip(found, tqdm(looked, 'check', len(found), unit='clip', delay=1)))
     chosen, lost = {}, []
     for video, second in sorted(keyframes):

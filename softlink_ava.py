@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Step 7b: link AVA's frames into the data set, and check that training can run.
+r"""Step 7b: link AVA's frames into the data set, and check that training can run.
 
 Links each folder of AVA's frames into ROOT/rawframes. Then looks up every frame that MMAction2's
 loaders can ask for, of the training and the validation lists. What is missing is in
 ROOT/reports/softlink_ava.csv, with the step that mends it. ROOT/report.html shows the verdict, how
 the data set was made, numbers, plots and keyframes.
 
-    python3 softlink_ava.py --avakinetics_root=$MMACTION2/data/ava_kinetics \\
+    python3 softlink_ava.py --avakinetics_root=$MMACTION2/data/ava_kinetics \
         --ava_root=$MMACTION2/data/ava
 """
 
@@ -16,7 +16,6 @@ import argparse
 import base64
 import codecs
 import csv
-import datetime
 import html
 import io
 import os
@@ -26,8 +25,9 @@ import shlex
 import signal
 import string
 import sys
-import time
 from collections import Counter, defaultdict
+from datetime import datetime
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, NamedTuple
@@ -42,29 +42,19 @@ MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
 AVA_START_S, AVA_END_S = 900, 1800  # of the movies, whose frames are numbered from there on
 # Frames around a keyframe's, at 30 fps, that the configs of AVA-Kinetics sample: 4x16, 8x8, 16x4
-# and 32x2 with their random offsets. MMAction2 clips them to those that there are by the name
+# and 32x2 with their random offsets. MMAction2 limits them to the range that the name implies
 WINDOWS, BEFORE, BEHIND = '4x16, 8x8, 16x4, 32x2', 40, 30
 CLIP_NAME = re.compile(r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})')
 BOX = ['x1', 'y1', 'x2', 'y2']
 COLUMNS = dict(clip=str, second=int, **dict.fromkeys(BOX, float), action=int, entity=int)
 RECALL = ['clip', 'second', 'boxes', 'met']  # columns of Step 6's report that are shown
 LABELS = 'ava_action_list_v2.2_for_activitynet_2019.pbtxt'
-NEEDED = [
-    LABELS,
-    'ava_train_excluded_timestamps_v2.2.csv',
-    'ava_val_excluded_timestamps_v2.2.csv',
-    'ava_dense_proposals_val.FAIR.recall_93.9.pkl',
-]
+NEEDED = [LABELS, 'ava_train_excluded_timestamps_v2.2.csv', 'ava_val_excluded_timestamps_v2.2.csv']
 COPY = "copy it from AVA's annotation folder"
 SHOWN = 12  # keyframes of each kind on the page
 WIDTH = 480  # pixels of a keyframe on the page
 GREEN, ORANGE = (60, 220, 60), (0, 140, 255)  # BGR
-STEPS = dict(
-    cut_kinetics='Step 3',
-    extract_rgb_frames='Step 4',
-    prepare_annotation='Step 5',
-    fetch_proposal='Step 6',
-)
+STEPS = dict(cut_kinetics='Step 3', prepare_annotation='Step 5', fetch_proposal='Step 6')
 # What a pickle of arrays names: ndarray, dtype, and what NumPy calls since protocols 2 and 5
 ARRAY_PARTS = {
     part.__name__: part
@@ -103,15 +93,12 @@ class Problem(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A list of annotations with its proposals; split says which part of Kinetics is in it.
-
-    Of a list without Kinetics the proposals are not looked at.
-    """
+    """A list of annotations with its proposals; split says which part of Kinetics is in it."""
 
     title: str
     split: str
     rows: Path
-    proposals: Path | None = None
+    proposals: Path
 
 
 def to_path(text: str) -> Path:
@@ -195,7 +182,7 @@ def lacking_frames(folder: Path, wanted: Iterable[int], since: float) -> str | N
     return 'frames older than their clip' if any(made[name] < since for name in names) else None
 
 
-def look_at_clip(name: str, raw: bool, root: Path) -> Problem | None:
+def check_clip(name: str, raw: bool, root: Path) -> Problem | None:
     """What a clip lacks: as frames, or as a video as decord counts its frames."""
     video, total = root / f'videos/{name}.mp4', (int(name[-6:]) - int(name[-13:-7])) * FPS
     if raw:
@@ -211,7 +198,7 @@ def look_at_clip(name: str, raw: bool, root: Path) -> Problem | None:
     except (decord.DECORDError, RuntimeError):
         count = 0
     reason = f'clip missing or broken: {count} of {total} frames'
-    remedy = 'remove it and repeat Step 3 (cut_kinetics.py)'
+    remedy = 'remove it if it is there, then repeat Step 3 (cut_kinetics.py)'
     return Problem(name, reason, remedy) if count != total else None
 
 
@@ -237,67 +224,65 @@ def read_proposals(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def find_parts(root: Path) -> list[Part]:
-    """Training, AVA's validation and, if it was prepared, validation on Kinetics too."""
-    notes, name = root / 'annotations', 'ava_dense_proposals_train.FAIR.recall_93.9.pkl'
+    """Training, AVA's validation and, if it was merged, validation on Kinetics too."""
+    notes, name = root / 'annotations', 'ava_dense_proposals_{}.FAIR.recall_93.9.pkl'
     parts = [
-        Part('Training', 'train', notes / 'ava_train_v2.2.csv', notes / name),
-        Part('AVA validation', '', notes / 'ava_val_v2.2.csv'),
+        Part('Training', 'train', notes / 'ava_train_v2.2.csv', notes / name.format('train')),
+        Part('AVA validation', '', notes / 'ava_val_v2.2.csv', notes / name.format('val')),
     ]
-    if (root / 'kinetics_val.csv').exists():
-        rows = notes / 'ava_kinetics_val_v2.2.csv'
+    rows = notes / 'ava_kinetics_val_v2.2.csv'
+    if rows.exists():
         proposals = notes / 'ava_kinetics_dense_proposals_val.pkl'
         parts.append(Part('Validation on AVA and Kinetics', 'val', rows, proposals))
     return parts
 
 
-def look_at_files(part: Part, root: Path, problems: list[Problem]) -> tuple[pd.DataFrame, dict]:
+def check_files(part: Part, root: Path, problems: list[Problem]) -> tuple[pd.DataFrame, dict]:
     """The rows and the proposals of a part, after a look at its files."""
     import pandas as pd
 
-    merge = f'do Step 7a: {command("merge_annotations.py", root)} --split={part.split}'
+    remedy = f'do Step 7a: {command("merge_annotations.py", root)} --split={part.split}'
+    remedy = remedy if part.split else COPY
+    proposals, own = read_proposals(part.proposals), root / f'kinetics_{part.split}.csv'
+    if proposals is None:
+        problems.append(Problem(part.proposals.name, 'unreadable proposals', remedy))
     try:
         table = pd.read_csv(part.rows, names=list(COLUMNS), dtype=COLUMNS)
     except (OSError, ValueError) as error:
         reason = f'unreadable annotations: {error}'.splitlines()[0]
-        problems.append(Problem(part.rows.name, reason, merge if part.split else COPY))
+        problems.append(Problem(part.rows.name, reason, remedy))
         return pd.DataFrame(columns=list(COLUMNS)), {}
-    if not part.split:
-        return table, {}
-    proposals, own = read_proposals(part.proposals), root / f'kinetics_{part.split}.csv'
     rows, merged = own.read_bytes() if own.exists() else b'', part.rows.read_bytes()
-    if not rows:
+    if part.split and not rows:
         problems.append(Problem(own.name, 'no annotations', 'do Step 5 (prepare_annotation.py)'))
     elif not merged.startswith(rows) or rows.count(b'\n') != sum(table['clip'].str.len() > 11):
-        problems.append(Problem(part.rows.name, f'other Kinetics rows than {own.name}', merge))
-    if proposals is None:
-        problems.append(Problem(part.proposals.name, 'unreadable proposals', merge))
+        problems.append(Problem(part.rows.name, f'other Kinetics rows than {own.name}', remedy))
     return table, proposals or {}
 
 
-def look_at_all(tables: list[pd.DataFrame], root: Path) -> dict[str, Problem]:
-    """What clips and movies lack, by name.
+def has_frames(clips: Iterable[str], root: Path) -> bool:
+    """Whether training reads these clips as frames, not as videos: if one of them has some."""
+    return any((root / 'rawframes' / clip).is_dir() for clip in clips if len(clip) > 11)
 
-    Training reads the clips of a list either all as frames or all as videos: as frames if one of
-    them has some.
-    """
+
+def check_all(tables: list[pd.DataFrame], root: Path) -> dict[str, Problem]:
+    """What clips and movies lack, by name."""
     seconds, raw = defaultdict(set), set()
     for table in tables:
         names = table.groupby('clip').second.agg(set).to_dict()
-        clips = {name for name in names if CLIP_NAME.fullmatch(name)}
-        if any((root / 'rawframes' / clip).is_dir() for clip in clips):
-            raw |= clips
+        raw |= set(names) if has_frames(names, root) else set()
         for name, found in names.items():
             seconds[name] |= found
 
-    def look(name: str) -> Problem | None:
+    def check_one(name: str) -> Problem | None:
         if CLIP_NAME.fullmatch(name):
-            return look_at_clip(name, name in raw, root)
+            return check_clip(name, name in raw, root)
         wanted = {index for second in seconds[name] for index in window(second)}
         reason = lacking_frames(root / 'rawframes' / name, wanted, 0)
         return reason and Problem(f'AVA {name}', reason, "extract AVA's frames again")
 
     with ThreadPool(16) as threads:  # a slow file server answers them together
-        answers = threads.imap(look, seconds, 16)
+        answers = threads.imap(check_one, seconds, 16)
         answers = tqdm(answers, 'check', len(seconds), unit='clip', delay=1)
         return {name: problem for name, problem in zip(seconds, answers) if problem}
 
@@ -308,7 +293,8 @@ def tell(problems: Iterable[Problem]) -> list[str]:
     for problem in problems:
         kinds[problem.reason.split(':')[0], problem.remedy].append(problem)
     return [
-        f'{len(found):,} like ' * (len(found) > 1) + f'{found[0].name}: {found[0].reason}; {remedy}'
+        (f'{len(found):,} items, such as ' if len(found) > 1 else '')
+        + f'{found[0].name}: {found[0].reason}; {remedy}'
         for (_, remedy), found in kinds.items()
     ]
 
@@ -324,7 +310,7 @@ def read_keyframe(root: Path, name: str, second: int) -> np.ndarray | None:
     clip = CLIP_NAME.fullmatch(name)
     index = (second - (int(clip[2]) if clip else AVA_START_S)) * FPS
     frame = root / f'rawframes/{name}/img_{index + 1:05d}.jpg'
-    if os.path.isfile(frame):  # and its folder may be entered
+    if os.path.isfile(frame):  # False, not an error, where its folder may not be entered
         return cv2.imread(str(frame))
     video = cv2.VideoCapture(str(root / f'videos/{name}.mp4'))
     video.set(cv2.CAP_PROP_POS_FRAMES, index)
@@ -395,12 +381,14 @@ def count_reasons(reports: Path, split: str) -> list[tuple]:
     """What the reports say: step, reason and how often. A keyframe counts at its first step."""
     counts, seen = Counter(), set()
     for script, step in STEPS.items():
-        path = reports / f'{script}{"" if step == "Step 4" else f"_{split}"}.csv'
-        with open(path if path.exists() else os.devnull, newline='', errors='replace') as file:
-            for *item, reason in list(csv.reader(file))[1:]:
-                counts[step, reason.split(':')[0]] += tuple(item) not in seen
-                seen |= {tuple(item)} if any(item[1:]) else set()
-    return [(*reason, count) for reason, count in counts.items() if count]
+        path = reports / f'{script}_{split}.csv'
+        rows = csv.reader(path.read_text(errors='replace').splitlines()) if path.exists() else ()
+        for video, second, reason in islice(rows, 1, None):
+            if (video, second) not in seen:
+                counts[step, reason.split(':')[0]] += 1
+            if video:
+                seen.add((video, second))
+    return [(*reason, count) for reason, count in counts.items()]
 
 
 def show_part(part: Part, table: pd.DataFrame, proposals: dict, root: Path) -> str:
@@ -438,7 +426,7 @@ def show_part(part: Part, table: pd.DataFrame, proposals: dict, root: Path) -> s
         share = recall.met.sum() / recall.boxes.sum()
         content += f'<p>Proposals match {share:.1%} of the boxes of Kinetics at IoU 0.5.</p>'
     if reasons := count_reasons(root / 'reports', part.split):
-        reasons = pd.DataFrame(reasons, columns=['step', 'left out because', 'count'])
+        reasons = pd.DataFrame(reasons, columns=['step', 'reported', 'keyframes'])
         content += reasons.to_html(border=0, index=False)
     content += draw_plots(boxes, keyframes, table)
     places = np.unique(np.linspace(0, len(keyframes) - 1, SHOWN).astype(int))
@@ -484,8 +472,8 @@ def check(root: Path) -> None:
     for name in NEEDED:
         if not (root / 'annotations' / name).exists():
             problems.append(Problem(name, 'file missing', COPY))
-    read = [look_at_files(part, root, problems) for part in parts]
-    lacking = look_at_all([table for table, _ in read], root)
+    read = [check_files(part, root, problems) for part in parts]
+    lacking = check_all([table for table, _ in read], root)
     lines = tell([*problems, *lacking.values()])
     for part, (table, _) in zip(parts, read):
         names = table['clip'].unique()
@@ -498,13 +486,17 @@ def check(root: Path) -> None:
     write_csv(report, [Problem._fields, *sorted([*problems, *lacking.values()])])
     for line in lines:
         print(f'  {line}')
-    now = datetime.datetime.fromtimestamp(float(os.environ.get('SOURCE_DATE_EPOCH', time.time())))
-    items = ''.join(f'<li>{html.escape(line)}</li>' for line in lines)
+    verdict = 'NOT ready for training' if lines else 'ready for training'
+    if not lines and not has_frames(read[0][0]['clip'].unique(), root):
+        verdict += ' from the videos of Kinetics, see docs/small-disk.md'
+    merged = datetime.fromtimestamp(parts[0].rows.stat().st_mtime)
     try:
         content = PAGE.substitute(
-            verdict='NOT ready for training' if lines else 'Ready for training',
-            checked=html.escape(f'{root}, {now:%Y-%m-%d %H:%M}; windows of MMAction2: {WINDOWS}'),
-            problems=items,
+            verdict=verdict,
+            checked=html.escape(
+                f'{root}, merged {merged:%Y-%m-%d %H:%M}; windows of MMAction2: {WINDOWS}'
+            ),
+            problems=''.join(f'<li>{html.escape(line)}</li>' for line in lines),
             made=show_making(root / 'reports'),
             parts=''.join(
                 show_part(part, *found, root)
@@ -517,10 +509,8 @@ def check(root: Path) -> None:
     except (ImportError, ValueError, KeyError, TypeError) as error:  # odd files, no matplotlib
         print(f'  no report.html: {type(error).__name__}: {error}'.split('\n')[0])
     if lines:
-        sys.exit(
-            f'error: not ready for training: {len(lines)} reasons, first {lines[0]}; see {report}'
-        )
-    print('ready for training')
+        sys.exit(f'error: {verdict}: {lines[0]}; all reasons: {report}')
+    print(verdict)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -529,6 +519,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     root, ava = args.avakinetics_root, args.ava_root / 'rawframes'
     try:
+        if ava.resolve() == (root / 'rawframes').resolve():
+            sys.exit(f"error: {ava} is the data set's own folder; set --ava_root to AVA's")
         if not ava.is_dir():
             sys.exit(f'error: {ava} not found; extract the frames of AVA or set --ava_root')
         if not find_parts(root)[0].rows.exists():

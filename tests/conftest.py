@@ -34,10 +34,6 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f'on Python {platform.python_version()}, {versions}')
 
 
-# the date of report.html, for tests that compare files of two runs
-os.environ['SOURCE_DATE_EPOCH'] = '1700000000'
-
-
 @pytest.fixture(autouse=True)
 def ended_by_sigterm():
     """Undo what a script's main did to SIGTERM: pools that are forked later would inherit it."""

@@ -100,7 +100,7 @@ def test_clips_of_any_other_option_are_not_mixed(job, name):
 
 def test_clips_of_another_program_are_not_taken_as_ours(job):
     (job / 'root/reports/cut_kinetics_options.json').unlink()
-    assert 'made with av=None, not' in errors(cut(job, code=1))
+    assert 'made with unknown options (there is no ' in errors(cut(job, code=1))
 
 
 def test_a_wrong_working_directory_leaves_nothing_behind(job, tmp_path):
@@ -205,9 +205,13 @@ def test_frames_of_another_run_of_step_3_are_no_frames(job):
     assert files == {f'videos/{CLIP}.mp4'}
     (job / f'root/videos/{CLIP}.mp4').write_bytes(b'broken')
     said = prepare(job).stdout
-    assert '  1 left out: frames older than their clip\n' in said
+    assert '  1 left out: unreadable clip\n' in said
     assert report(job, 'prepare_annotation_train') == [
-        ['aaaaaaaaaaa', '105', f'frames older than their clip: all in {CLIP}']
+        [
+            'aaaaaaaaaaa',
+            '105',
+            f'unreadable clip: Invalid data found when processing input in {CLIP}',
+        ]
     ]
 
 

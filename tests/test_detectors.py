@@ -321,7 +321,7 @@ def test_a_built_mmcv_keeps_its_own_operators(monkeypatch):
     built.__spec__ = ModuleSpec('mmcv._ext', None)
     monkeypatch.setitem(sys.modules, 'mmcv._ext', built)
     monkeypatch.setattr(mmcv, '_ext', built, raising=False)
-    fetch_proposal.use_torchvision_operators.__wrapped__()
+    fetch_proposal.use_torchvision_operators()
     assert sys.modules['mmcv._ext'] is built and not hasattr(built, 'nms')
 
 

@@ -112,10 +112,10 @@ def test_the_verdict_is_the_loaders(tmp_path, second):
         (folder / f'img_{index:05d}.jpg').write_bytes(b'frame')
     table = pd.DataFrame(dict(clip=MOVIES[0], second=[second]))
     needed = asked_for(tmp_path, second)
-    assert len(needed) >= 30 and not softlink_ava.look_at_all([table], tmp_path)
+    assert len(needed) >= 30 and not softlink_ava.check_all([table], tmp_path)
     for index in frames:
         (folder / f'img_{index:05d}.jpg').rename(tmp_path / 'away')
-        found = softlink_ava.look_at_all([table], tmp_path)
+        found = softlink_ava.check_all([table], tmp_path)
         assert bool(found) == (index in needed), index
         (tmp_path / 'away').rename(folder / f'img_{index:05d}.jpg')
 
@@ -142,7 +142,7 @@ CASES = {  # what happens to the data set -> what the report says: name, reason,
         lambda root, ava: next((root / 'annotations').glob('ava_dense_proposals_val*')).unlink(),
         (
             'ava_dense_proposals_val.FAIR.recall_93.9.pkl',
-            'file missing',
+            'unreadable proposals',
             "copy it from AVA's annotation folder",
         ),
     ),
@@ -186,7 +186,7 @@ CASES = {  # what happens to the data set -> what the report says: name, reason,
         (
             CLIP,
             'clip missing or broken: 0 of 120 frames',
-            'remove it and repeat Step 3 (cut_kinetics.py)',
+            'remove it if it is there, then repeat Step 3 (cut_kinetics.py)',
         ),
     ),
 }
@@ -202,7 +202,7 @@ def test_what_is_missing_is_named_with_what_mends_it(worlds, name):
     remedy = remedy.format(repo=softlink_ava.__file__.rsplit('/', 1)[0], root=root)
     assert [where, reason, remedy] in read_report(root, 'softlink_ava')
     assert f'  {where}: {reason}; {remedy}\n' in done.stdout
-    assert 'error: not ready for training: 1 reasons, first ' in errors(done)
+    assert 'error: NOT ready for training: ' in errors(done)
     page = (root / 'report.html').read_text()
     assert 'NOT ready for training' in page and reason in page.replace('&#x27;', "'")
 
@@ -213,7 +213,8 @@ def test_many_of_a_kind_are_one_line(worlds):
         (ava / f'rawframes/{movie}/img_03000.jpg').unlink()
     said = link(root, ava, code=1).stdout
     assert (
-        '  2 like AVA -5KQ66BBWC4: frames missing or empty: 1 of 71, first img_03000.jpg;' in said
+        '  2 items, such as AVA -5KQ66BBWC4: frames missing or empty: 1 of 71, first img_03000.jpg;'
+        in said
     )
 
 
@@ -239,7 +240,9 @@ def test_clips_that_are_read_as_videos_have_their_frames(worlds, seconds):
     if not seconds:
         clip.write_bytes(clip.read_bytes()[:500])
     if seconds == 4:
-        assert link(root, ava).stdout.endswith(READY)
+        verdict = 'ready for training from the videos of Kinetics, see docs/small-disk.md'
+        assert link(root, ava).stdout.endswith(f'{verdict}\n')
+        assert verdict in (root / 'report.html').read_text()
     else:
         reason = f'clip missing or broken: {round(seconds * 30)} of 120 frames'
         assert reason in errors(link(root, ava, code=1))
@@ -251,7 +254,7 @@ def test_the_kinetics_validation_part_is_checked_where_it_was_prepared(worlds):
     (root / 'kinetics_val.csv').write_text(ROW.replace(CLIP, clip))
     (root / 'kinetics_val_proposal.pkl').write_bytes(pickle.dumps({}))
     fake_frames(root / 'rawframes', clip)
-    assert 'merge_annotations.py --avakinetics_root=' in errors(link(root, ava, code=1))
+    assert 'Validation on' not in link(root, ava).stdout  # it is not merged yet
     run('merge_annotations.py', f'--avakinetics_root={root}', '--split=val')
     title, movies = 'Validation on AVA and Kinetics', 1
     said = link(root, ava).stdout
@@ -274,7 +277,7 @@ def test_the_page_says_how_the_data_set_was_made(worlds):
     page = (root / 'report.html').read_text()
     assert 'cut_kinetics_options: short_side: 256, av: 1.2.3' in page
     assert 'fetch_proposal_train: checkpoint: &lt;x&gt;.pth, score_thr: 0.8, neighbors: 1' in page
-    assert 'AVA-Kinetics: Ready for training' in page and '4x16, 8x8, 16x4, 32x2' in page
+    assert 'AVA-Kinetics: ready for training' in page and '4x16, 8x8, 16x4, 32x2' in page
 
 
 def test_a_keyframe_that_an_early_step_left_out_is_not_counted_again(worlds):
@@ -294,6 +297,7 @@ def test_a_keyframe_that_an_early_step_left_out_is_not_counted_again(worlds):
 def test_errors_say_what_to_do(worlds, tmp_path):
     root, ava = worlds
     assert 'set --ava_root' in errors(link(root, tmp_path / 'none', code=1))
+    assert "is the data set's own folder" in errors(link(root, root, code=1))
     (tmp_path / 'bare/rawframes').mkdir(parents=True)
     assert 'holds no folder' in errors(link(root, tmp_path / 'bare', code=1))
     assert 'do Step 7a' in errors(link(tmp_path / 'bare', ava, code=1))
