@@ -192,9 +192,11 @@ def shield() -> None:
 def connect(address: str) -> tuple[Client, type]:
     """A client of a Dask scheduler, and the error of items whose workers died."""
     try:
+        import dask
         from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
+    dask.config.set({'distributed.admin.large-graph-warning-threshold': '1 GB'})  # not at a video
     logging.disable()  # Dask would log tracebacks of errors that are reported in one line
     try:
         client = Client(address, timeout=10)
