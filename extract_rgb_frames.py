@@ -240,7 +240,7 @@ def run_all(
     except BrokenProcessPool:
         sys.exit(
             'error: a worker process was killed, as it happens when memory runs out; run the same '
-            'command again, with fewer of them'
+            'command again, with fewer processes'
         )
     except CancelledError:
         sys.exit('error: the Dask scheduler went away; run the same command again')

@@ -165,8 +165,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         metavar='N',
         default=1,
-        help='seconds before and after each keyframe that get proposals too: 1 as in MMAction2; '
-        '0 is all that its training reads, a third of the work (default: %(default)s)',
+        help='also detect on N seconds before and after each keyframe: 1 as in MMAction2; '
+        '0 is enough for training, a third of the work (default: %(default)s)',
     )
     add_running(parser)
     return parser
@@ -635,7 +635,7 @@ def run_all(
     except BrokenProcessPool:
         sys.exit(
             'error: a worker process was killed, as it happens when memory runs out; run the same '
-            'command again, with fewer of them'
+            'command again, with fewer processes'
         )
     except CancelledError:
         sys.exit('error: the Dask scheduler went away; run the same command again')
