@@ -180,7 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
-    parser.convert_arg_line_to_args = lambda line: [line] if line.strip() else []  # of @FILE
+    parser.convert_arg_line_to_args = lambda line: list(filter(None, [line.strip()]))  # of @FILE
     args = parser.parse_args(argv)
     if args.kinetics_list and args.kinetics_archives:
         sys.exit('error: give --kinetics_list or --kinetics_archives, not both')
@@ -437,6 +437,17 @@ class RetryingFile(io.RawIOBase):
         return len(data)
 
 
+class StrictTarInfo(tarfile.TarInfo):
+    """Makes a damaged header an error, where tarfile would skip it or end there."""
+
+    @classmethod
+    def frombuf(cls, *args):
+        try:
+            return super().frombuf(*args)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError(f'no tar archive, or a damaged one: {error}') from None
+
+
 def open_archive(name: str) -> tuple[BinaryIO, str]:
     """An archive as a binary file, and what tells its versions apart: size, and time or ETag."""
     if name == '-':
@@ -446,7 +457,8 @@ def open_archive(name: str) -> tuple[BinaryIO, str]:
     web = {'client_kwargs': {'trust_env': True}} if name.startswith('http') else {}  # proxies
     system, path = fsspec.url_to_fs(name, **web)
     info = system.info(path)
-    changed = info.get('ETag') or info.get('mtime') or info.get('LastModified')
+    times = (info.get(name) for name in ('ETag', 'mtime', 'LastModified', 'Last-Modified'))
+    changed = next(filter(None, times), None)
     return system.open(path), f'{info["size"]} {changed}'
 
 
@@ -460,7 +472,9 @@ def read_members(file: BinaryIO, keyframes: Keyframes) -> Iterator[tuple]:
             stream = decompress(stream)
             break
     count = 0
-    with tarfile.open(fileobj=stream, mode='r|', bufsize=1 << 20, ignore_zeros=True) as tar:
+    with tarfile.open(
+        fileobj=stream, mode='r|', bufsize=1 << 20, tarinfo=StrictTarInfo, ignore_zeros=True
+    ) as tar:
         while member := tar.next():
             tar.members.clear()  # else memory grows with the archive
             source = parse_name(member.name)
@@ -482,7 +496,7 @@ def read_ledger(path: Path) -> dict[str, list[str] | str]:
     return noted
 
 
-def note(ledger: Path, name: str, outcome: list[str] | str) -> None:
+def note(ledger: Path, name: str, outcome: list[str] | str | None) -> None:
     with open(ledger, 'a') as lines:
         lines.write(f'\n{json.dumps([name, outcome])}\n')  # on a line of its own after a torn one
 
@@ -502,7 +516,7 @@ def plan_archives(
             file, version = open_archive(archive)
             name = f'{Path(archive).name} {version} {digest}'
             if name in noted and all(
-                clip in noted or (args.videos / clip).exists() for clip in noted[name]
+                noted.get(clip) or (args.videos / clip).exists() for clip in noted[name]
             ):
                 continue
             for source, seconds, content in read_members(file, keyframes):
@@ -639,13 +653,13 @@ def write_csv(path: Path, rows: list[tuple]) -> None:
     write(path, table.getvalue().encode('utf-8', 'backslashreplace'))
 
 
-def find_clips(names: Iterable[str], keyframes: Keyframes) -> dict[tuple, str]:
-    """One of these clips for each keyframe (video, second) that they hold."""
-    return {
-        (source.video, second): source.path
-        for source in filter(None, map(parse_name, names))
+def find_keyframes(clips: Iterable[str], keyframes: Keyframes) -> list[tuple[tuple, str]]:
+    """Each keyframe (video, second) that one of these clips holds, with the clip."""
+    return [
+        ((source.video, second), source.path)
+        for source in filter(None, map(parse_name, clips))
         for second in find_held(source, keyframes)
-    }
+    ]
 
 
 def cut(args: argparse.Namespace) -> None:
@@ -667,10 +681,10 @@ def cut(args: argparse.Namespace) -> None:
             clip = clip_name(*item[:2])
             if answer != COMPLETE:
                 outcomes[clip] = answer or failure
-            if answer and args.kinetics_archives:
+            if args.kinetics_archives and (answer or noted.get(clip)):
                 note(args.ledger, clip, answer)
     problems += [('', '', f'unreadable archive: {reason}') for reason in unreadable]
-    there = find_clips(os.listdir(args.videos), keyframes)
+    there = find_keyframes(os.listdir(args.videos), keyframes)
     report(there, outcomes, keyframes, problems, args)
     if unreadable:
         sys.exit(f'error: {len(unreadable)} archives cannot be read to the end: {unreadable[0]}')
@@ -679,25 +693,25 @@ def cut(args: argparse.Namespace) -> None:
 
 
 def report(
-    there: dict, outcomes: dict, keyframes: Keyframes, problems: list, args: argparse.Namespace
+    there: list, outcomes: dict, keyframes: Keyframes, problems: list, args: argparse.Namespace
 ) -> None:
-    """Write the report and print the summary; `there` has the clip of each keyframe."""
-    failed, rows = find_clips(outcomes, keyframes), []
+    """Write the report and print the summary; `there` has the keyframes that have clips."""
+    held, failed, rows = dict(there), dict(find_keyframes(outcomes, keyframes)), []
     wanted = [(video, second) for video, seconds in keyframes.items() for second in seconds]
     for keyframe in wanted:
-        reason = outcomes.get(there.get(keyframe, failed.get(keyframe)))
-        if keyframe not in there:
+        reason = outcomes.get(held.get(keyframe, failed.get(keyframe)))
+        if keyframe not in held:
             rows.append((*keyframe, reason or 'no video that could be read holds this second'))
         elif reason and not args.kinetics_archives:  # its source is newer, and broken
             rows.append((*keyframe, f'older clip kept: {reason}'))
     rows += problems
     path = args.reports / f'cut_kinetics_{args.split}.csv'
     write_csv(path, [('video_id', 'timestamp', 'reason'), *rows])
-    clips = set(there.values())
+    clips = {clip for _, clip in there}
     made = sum(outcomes.get(clip, COMPLETE) is None for clip in clips)
     print(
         f'{len(clips)} clips in {args.videos} ({made} cut now, {len(clips) - made} there already) '
-        f'for {len(there)} of {len(wanted)} annotated keyframes'
+        f'for {len(held)} of {len(wanted)} annotated keyframes'
     )
     for reason, count in Counter(row[2].split(':')[0] for row in rows).items():
         print(f'  {reason}: {count:,}')

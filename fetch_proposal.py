@@ -783,8 +783,8 @@ def detect_missing(
     return people, unreadable
 
 
-def write_proposals(people: dict[str, np.ndarray], args: argparse.Namespace) -> dict:
-    """Write the pickle and how it was made; returns what is in it."""
+def write_proposals(people: dict[str, np.ndarray], listed: str, args: argparse.Namespace) -> dict:
+    """Write the pickle, with the digest of the list, and how it was made; returns the proposals."""
     proposals = {
         key: kept
         for key, found in sorted(people.items())
@@ -793,7 +793,7 @@ def write_proposals(people: dict[str, np.ndarray], args: argparse.Namespace) -> 
     content = io.BytesIO()
     Pickler(content, protocol=4).dump(proposals)
     # a trailer, which unpicklers ignore: Step 7 refuses a pickle of another list
-    content.write(f'\nmade of {digest_of(args.datalist.read_bytes())}\n'.encode())
+    content.write(f'\nmade of {listed}\n'.encode())
     write(args.picklepath, content.getvalue())
     used = {name: getattr(args, name) for name in ('checkpoint', 'score_thr', 'neighbors', 'amp')}
     used |= {name: version(name) for name in ('torch', 'mmdet')} | dict(config=args.config.name)
@@ -803,7 +803,7 @@ def write_proposals(people: dict[str, np.ndarray], args: argparse.Namespace) -> 
 
 def fetch(args: argparse.Namespace) -> None:
     """Detect what is not there yet, write the pickle and the reports, say what came of it."""
-    keyframes = read_datalist(args.datalist)
+    keyframes, listed = read_datalist(args.datalist), digest_of(args.datalist.read_bytes())
     checkpoint = local_checkpoint(args.checkpoint)
     planned = plan_frames(keyframes, args.neighbors, args.avakinetics_root)
     frames = {frame.key: frame for frame in planned}
@@ -813,7 +813,7 @@ def fetch(args: argparse.Namespace) -> None:
     write_csv(report, [('video_id', 'timestamp', 'reason'), *rows])
     if not people:
         sys.exit(f'error: not one frame could be read; {report} says why')
-    proposals = write_proposals(people, args)
+    proposals = write_proposals(people, listed, args)
 
     count = sum(map(len, proposals.values()))
     print(f'{count} people on {len(proposals)} of {len(frames)} frames in {args.picklepath}')

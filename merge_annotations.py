@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
-MERGED = b'\nmerged by merge_annotations.py\n'  # ends merged pickles; unpicklers ignore it
+MERGED = re.compile(rb'\nmerged with [0-9a-f]{64}\n\Z')  # ends merged pickles, which is ignored
 VIDEO = r'[A-Za-z0-9_-]{11}'
 CLIP = rf'{VIDEO}_[0-9]{{6}}_[0-9]{{6}}'
 ROW = r',\d+(,[-+.\de]+){4},\d+,-?\d+'  # second, box, action, entity
@@ -170,7 +170,7 @@ def merge(kinetics: Paths, ava: Paths, merged: Paths, copy_ava: str) -> None:
         pass
     check_list(kinetics)
     rows_merged = bool(re.search(f'^{CLIP},'.encode(), ava.rows.read_bytes(), re.M))
-    merged_before = rows_merged or trailer_of(ava.proposals).endswith(MERGED)
+    merged_before = rows_merged or MERGED.search(trailer_of(ava.proposals))
     own = Paths(
         own_file(ava.rows, rows_merged, copy_ava), own_file(ava.proposals, merged_before, copy_ava)
     )
@@ -185,7 +185,9 @@ def merge(kinetics: Paths, ava: Paths, merged: Paths, copy_ava: str) -> None:
     write(merged.rows, ''.join(f'{row}\n' for row in rows + ava_rows).encode())
     content = io.BytesIO()
     Pickler(content, protocol=4).dump(proposals)
-    write(merged.proposals, content.getvalue() + MERGED)
+    digest = hashlib.sha256(kinetics.proposals.read_bytes()).hexdigest()
+    content.write(f'\nmerged with {digest}\n'.encode())  # Step 7b compares it
+    write(merged.proposals, content.getvalue())
 
     print(
         f'{len(rows) + len(ava_rows)} rows in {merged.rows}: {len(rows)} of Kinetics, '
@@ -214,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     copy_ava = f"copy AVA's annotation folder of version 2.2: {command}"
     hints = [
         'do Step 5 (prepare_annotation.py) or set --avakinetics_root',
-        'do Step 6 (fetch_proposal.py) first',
+        'do Step 6 (fetch_proposal.py) first, with its default --picklepath',
         copy_ava,
         copy_ava,
     ]

@@ -16,6 +16,7 @@ import argparse
 import base64
 import codecs
 import csv
+import hashlib
 import html
 import io
 import os
@@ -244,8 +245,14 @@ def check_files(part: Part, root: Path, problems: list[Problem]) -> tuple[pd.Dat
     remedy = f'do Step 7a: {command("merge_annotations.py", root)} --split={part.split}'
     remedy = remedy if part.split else COPY
     proposals, own = read_proposals(part.proposals), root / f'kinetics_{part.split}.csv'
+    pickled = own.with_name(f'kinetics{"_val" if part.split == "val" else ""}_proposal.pkl')
     if proposals is None:
         problems.append(Problem(part.proposals.name, 'unreadable proposals', remedy))
+    elif part.split and pickled.exists():
+        digest = hashlib.sha256(pickled.read_bytes()).hexdigest()
+        if not part.proposals.read_bytes().endswith(f'\nmerged with {digest}\n'.encode()):
+            reason = f'other proposals than {pickled.name}'
+            problems.append(Problem(part.proposals.name, reason, remedy))
     try:
         table = pd.read_csv(part.rows, names=list(COLUMNS), dtype=COLUMNS)
     except (OSError, ValueError) as error:
@@ -426,7 +433,7 @@ def show_part(part: Part, table: pd.DataFrame, proposals: dict, root: Path) -> s
         share = recall.met.sum() / recall.boxes.sum()
         content += f'<p>Proposals match {share:.1%} of the boxes of Kinetics at IoU 0.5.</p>'
     if reasons := count_reasons(root / 'reports', part.split):
-        reasons = pd.DataFrame(reasons, columns=['step', 'reported', 'keyframes'])
+        reasons = pd.DataFrame(reasons, columns=['step', 'reported', 'rows'])
         content += reasons.to_html(border=0, index=False)
     content += draw_plots(boxes, keyframes, table)
     places = np.unique(np.linspace(0, len(keyframes) - 1, SHOWN).astype(int))
@@ -507,6 +514,7 @@ def check(root: Path) -> None:
         write(page, content.encode('utf-8', 'backslashreplace'))
         print(f'  page: {page}')
     except (ImportError, ValueError, KeyError, TypeError) as error:  # odd files, no matplotlib
+        page.unlink(missing_ok=True)
         print(f'  no report.html: {type(error).__name__}: {error}'.split('\n')[0])
     if lines:
         sys.exit(f'error: {verdict}: {lines[0]}; all reasons: {report}')

@@ -52,7 +52,7 @@ def plan(annotations: Path, listing: Path, queue) -> None:
         cut_kinetics.clip_name(source, cut_kinetics.find_held(source, keyframes))
         for source in sources
     ]
-    covered = cut_kinetics.find_clips(clips, keyframes)
+    covered = dict(cut_kinetics.find_keyframes(clips, keyframes))
     queue.put(
         (
             sum(map(len, keyframes.values())),

@@ -146,6 +146,32 @@ def test_a_truncated_archive_costs_no_finished_clip(kinetics, archives, tmp_path
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
+def test_a_damaged_header_is_no_end(kinetics, archives, tmp_path):
+    """The archive is reported, and read again when it is whole."""
+    whole = archives[2].read_bytes()
+    with tarfile.open(archives[2]) as tar:
+        last = tar.getmembers()[-1].offset
+    archives[2].write_bytes(whole[:last] + b'\xff' * 512 + whole[last + 512 :])
+    done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives, code=1)
+    assert '3.tar: ' in errors(done) and 'no tar archive, or a damaged one' in errors(done)
+    archives[2].write_bytes(whole)
+    cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
+    assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
+
+
+def test_a_clip_that_could_be_cut_at_last_is_cut_again_once_it_is_removed(kinetics, tmp_path):
+    """Its archive was replaced; the failure of before is no reason to leave it out."""
+    name, video = 'x/ccccccccccc_000050_000060.mp4', tmp_path / 'broken.mp4'
+    video.write_bytes(b'broken')
+    write_tar(tmp_path / 'a.tar', {name: video})
+    cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', tmp_path / 'a.tar', code=1)
+    write_tar(tmp_path / 'a.tar', {name: kinetics / 'files' / name})
+    for _ in range(2):
+        cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', tmp_path / 'a.tar')
+        (clip,) = (tmp_path / 'root/videos').iterdir()
+        clip.unlink()
+
+
 class Flaky(http.server.BaseHTTPRequestHandler):
     """Serves a folder with byte ranges; every third answer breaks off in the middle."""
 
@@ -251,7 +277,7 @@ def test_pieces_of_one_archive_through_standard_input(kinetics, tmp_path):
     for index in range(3):
         piece = data[index * len(data) // 3 : (index + 1) * len(data) // 3]
         (tmp_path / f'raw/Kinetics700.tar.gz.{index:02d}').write_bytes(piece)
-    for said in '(4 cut now, 0 there already)', '(0 cut now, 4 there already)':
+    for said in '(5 cut now, 0 there already)', '(0 cut now, 5 there already)':
         done = cut_stdin(kinetics, tmp_path / 'root', f'cat {tmp_path}/raw/*.tar.gz*')
         assert done.returncode == 0 and said in done.stdout, done.stderr
         assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
@@ -364,7 +390,7 @@ def test_archives_are_read_again_for_new_annotations(kinetics, archives, tmp_pat
     before = snapshot(tmp_path / 'root/videos')
     notes.write_text(ROWS + annotation_rows('uNwAnTeD-00', 5))
     done = cut_archives(tmp_path, tmp_path / 'root', '--kinetics_archives', archives[2])
-    assert '(1 cut now, 4 there already)' in done.stdout, done.stdout
+    assert '(1 cut now, 5 there already)' in done.stdout, done.stdout
     assert before.items() <= snapshot(tmp_path / 'root/videos').items()
     assert (tmp_path / 'root/videos/uNwAnTeD-00_000003_000007.mp4').exists()
 

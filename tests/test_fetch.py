@@ -482,6 +482,22 @@ def test_batches_give_the_same_boxes(fetched, tmp_path, size):
         assert_same_people(boxes, single[key])
 
 
+def test_a_list_that_changes_meanwhile_is_not_what_the_pickle_was_made_of(
+    small, tmp_path, monkeypatch
+):
+    root, rows = shutil.copytree(small, tmp_path / 'root'), small / 'kinetics_train.csv'
+    detect_missing = fetch_proposal.detect_missing
+
+    def change(*arguments):
+        (root / rows.name).write_bytes(rows.read_bytes() * 2)
+        return detect_missing(*arguments)
+
+    monkeypatch.setattr(fetch_proposal, 'detect_missing', change)
+    fetch(root)
+    made_of = sha256(rows.read_bytes()).hexdigest().encode()
+    assert (root / 'kinetics_proposal.pkl').read_bytes().endswith(b'made of ' + made_of + b'\n')
+
+
 def test_neighbors_and_score_thr(fetched, tmp_path):
     root = shutil.copytree(fetched[0], tmp_path / 'root')
     fetch(root, f'--picklepath={tmp_path}/few.pkl', '--neighbors=0', '--score_thr=0.99')

@@ -158,6 +158,10 @@ CASES = {  # what happens to the data set -> what the report says: name, reason,
         lambda root, ava: shutil.copy(root / LIST.replace('.csv', '.ava_only.csv'), root / LIST),
         ('ava_train_v2.2.csv', 'other Kinetics rows than kinetics_train.csv', STEP_7A),
     ),
+    'other proposals': (
+        lambda root, ava: (root / 'kinetics_proposal.pkl').write_bytes(pickle.dumps({1: 2})),
+        (PICKLE.split('/')[1], 'other proposals than kinetics_proposal.pkl', STEP_7A),
+    ),
     'pickle': (
         lambda root, ava: (root / PICKLE).write_bytes(b'broken'),
         (PICKLE.split('/')[1], 'unreadable proposals', STEP_7A),

@@ -47,7 +47,7 @@ def test_every_second_that_a_source_holds_is_in_its_clip(found, wanted):
                 assert clip.start <= second < clip.end
                 assert second - clip.start >= 2 or clip.start == source.start
                 assert clip.end - second >= 2 or clip.end == source.end
-    covered = {second for _, second in cut_kinetics.find_clips(names, keyframes)}
+    covered = {second for (_, second), _ in cut_kinetics.find_keyframes(names, keyframes)}
     assert covered == {
         second for second in wanted for source in found if source.start <= second < source.end
     }
