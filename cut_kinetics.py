@@ -405,6 +405,8 @@ def cut_clip(
             encoded = encode(nearest(decode(file, start), start, end), args.short_side)
     except Unusable as error:
         return str(error)
+    except IndexError:  # PyAV's, of a stream that damage makes up
+        return 'damaged video: another stream begins in the middle'
     except (av.FFmpegError, OSError, ValueError) as error:  # ValueError: undecodable names
         words = (getattr(error, 'log', None) or [error])[-1]
         return f'unreadable video: {words}'.strip()

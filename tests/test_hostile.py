@@ -72,6 +72,16 @@ def huge_png_video(container: str) -> bytes:
     return data.replace(data[start : start + 21], checked)
 
 
+def late_sound() -> bytes:
+    """A video in whose middle a sound track begins that its header does not have."""
+    data = ffmpeg('-f', 'lavfi', '-i', 'testsrc=s=64x64:d=10', '-f', 'flv')
+    position = 13
+    for _ in range(200):  # tags
+        position += 15 + int.from_bytes(data[position + 1 : position + 4], 'big')
+    tag = b'\x08' + (2).to_bytes(3, 'big') + bytes(7) + b'\x2f\xff'
+    return data[:position] + tag + struct.pack('>I', len(tag)) + data[position:]
+
+
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory) -> bytes:
     """A good source of ten seconds, its index at the end as ffmpeg writes it."""
@@ -229,6 +239,7 @@ VIDEOS = {
         ),
         None,
     ),
+    'sound begins in the middle': (lambda data, _: late_sound(), DAMAGED),
     'time runs a thousand times too fast': (
         lambda data, _: ffmpeg(
             '-f',
