@@ -145,7 +145,7 @@ def check_clip(clip: Clip, root: Path) -> tuple[bool, str]:
     try:
         with av.open(str(video), format='mov') as packets:
             count = sum(packet.size > 0 for packet in packets.demux(video=0))
-    except (av.FFmpegError, IndexError) as error:
+    except (av.FFmpegError, IndexError, ValueError) as error:  # ValueError: undecodable names
         reason = getattr(error, 'strerror', None) or 'it holds no pictures'
         return False, problem or f'unreadable clip: {reason}'
     return False, '' if count == total else f'wrong number of frames: {count}, not {total}'

@@ -732,6 +732,14 @@ def test_folders_of_frames(tmp_path):
     }
 
 
+def test_a_clip_whose_track_has_a_name_that_is_no_utf8(tmp_path):
+    clip = tmp_path / 'videos/good-clip-0_000000_000004.mp4'
+    numbered_source(clip, dict(seconds=4))
+    clip.write_bytes(clip.read_bytes().replace(b'VideoHandler', b'VideoHandl\xff\xfe'))
+    named = prepare_annotation.Clip(clip.stem, 'good-clip-0', 0, 4)
+    assert prepare_annotation.check_clip(named, tmp_path)[1].startswith('unreadable clip: ')
+
+
 def huge_jpeg(path: Path) -> bytes:
     """A JPEG whose header claims 65,500 by 65,500 pixels."""
     data = path.read_bytes()
