@@ -215,11 +215,10 @@ class Unpickler(pickle.Unpickler):
         return ARRAY_PARTS[name]
 
 
-def read_proposals(path: Path) -> dict[str, np.ndarray] | None:
+def read_proposals(content: bytes) -> dict[str, np.ndarray] | None:
     """The proposals of a pickle, key '<video id>,<second:04d>' -> (n, 5), if they can be read."""
     try:
-        with open(path, 'rb') as file:
-            return dict(Unpickler(file).load())
+        return dict(Unpickler(io.BytesIO(content)).load())
     except Exception:  # damaged bytes may make pickle and NumPy raise anything
         return None
 
@@ -244,13 +243,14 @@ def check_files(part: Part, root: Path, problems: list[Problem]) -> tuple[pd.Dat
 
     remedy = f'do Step 7a: {command("merge_annotations.py", root)} --split={part.split}'
     remedy = remedy if part.split else COPY
-    proposals, own = read_proposals(part.proposals), root / f'kinetics_{part.split}.csv'
+    content = part.proposals.read_bytes() if part.proposals.is_file() else b''
+    proposals, own = read_proposals(content), root / f'kinetics_{part.split}.csv'
     pickled = own.with_name(f'kinetics{"_val" if part.split == "val" else ""}_proposal.pkl')
     if proposals is None:
         problems.append(Problem(part.proposals.name, 'unreadable proposals', remedy))
     elif part.split and pickled.exists():
         digest = hashlib.sha256(pickled.read_bytes()).hexdigest()
-        if not part.proposals.read_bytes().endswith(f'\nmerged with {digest}\n'.encode()):
+        if not content.endswith(f'\nmerged with {digest}\n'.encode()):
             reason = f'other proposals than {pickled.name}'
             problems.append(Problem(part.proposals.name, reason, remedy))
     try:
@@ -267,9 +267,10 @@ def check_files(part: Part, root: Path, problems: list[Problem]) -> tuple[pd.Dat
     return table, proposals or {}
 
 
-def has_frames(clips: Iterable[str], root: Path) -> bool:
-    """Whether training reads these clips as frames, not as videos: if one of them has some."""
-    return any((root / 'rawframes' / clip).is_dir() for clip in clips if len(clip) > 11)
+def read_as_frames(clips: Iterable[str], root: Path) -> set[str]:
+    """The clips of a list that training reads as frames, not as videos: all if one has some."""
+    clips = {clip for clip in clips if len(clip) > 11}
+    return clips if clips.intersection(os.listdir(root / 'rawframes')) else set()
 
 
 def check_all(tables: list[pd.DataFrame], root: Path) -> dict[str, Problem]:
@@ -277,7 +278,7 @@ def check_all(tables: list[pd.DataFrame], root: Path) -> dict[str, Problem]:
     seconds, raw = defaultdict(set), set()
     for table in tables:
         names = table.groupby('clip').second.agg(set).to_dict()
-        raw |= set(names) if has_frames(names, root) else set()
+        raw |= read_as_frames(names, root)
         for name, found in names.items():
             seconds[name] |= found
 
@@ -494,7 +495,7 @@ def check(root: Path) -> None:
     for line in lines:
         print(f'  {line}')
     verdict = 'NOT ready for training' if lines else 'ready for training'
-    if not lines and not has_frames(read[0][0]['clip'].unique(), root):
+    if not lines and not read_as_frames(read[0][0]['clip'], root):
         verdict += ' from the videos of Kinetics, see docs/small-disk.md'
     merged = datetime.fromtimestamp(parts[0].rows.stat().st_mtime)
     try:
