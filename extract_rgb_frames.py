@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
 CLIP_NAME = re.compile(r'[A-Za-z0-9_-]{11}_[0-9]{6}_[0-9]{6}')
-MAX_PIXELS = 7680 * 4320  # a header that claims larger pictures would cost gigabytes of memory
 QUALITY = 92  # of libjpeg; the PSNR is 0.4 to 0.5 dB above that of ffmpeg's -q:v 2
 BT709 = 1  # matrix_coefficients of ITU-T H.273
 FULL_RANGE = 2  # FFmpeg's AVCOL_RANGE_JPEG
@@ -144,7 +143,6 @@ def extract_clip(clip: str, args: argparse.Namespace) -> str | None:
         with av.open(str(args.videos / f'{clip}.mp4'), format='mov') as video:
             stream = video.streams.video[0]
             stream.thread_type = 'NONE'  # one thread for each process is faster
-            stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}
             for count, frame in enumerate(video.decode(stream), 1):
                 if count <= expected:
                     (work / f'img_{count:05d}.jpg').write_bytes(encode_jpeg(frame))

@@ -160,7 +160,7 @@ def find_clips(root: Path, keyframes: set[tuple]) -> dict[str, list[Clip]]:
             names |= {name.removesuffix(suffix) for name in found if name.endswith(suffix)}
     for match in filter(None, map(CLIP_NAME.fullmatch, sorted(names))):
         clip = Clip(match[0], match[1], int(match[2]), int(match[3]))
-        if clip.video in clips and clip.start < clip.end:
+        if clip.video in clips:
             clips[clip.video].append(clip)
     return clips
 
