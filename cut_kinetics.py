@@ -62,13 +62,15 @@ CONTEXT_S = 2  # kept before and after the keyframes; MMAction2's windows reach 
 MAX_OFF_S = 0.75  # how far a frame may be from its due time, where the source has gaps
 # Codec delays put the first picture up to 0.1 s behind the sound; beyond 0.2 s, some are missing
 MAX_LEAD_S = 0.2
+# Trimmed videos last up to 10.1 s under a name of 10 s. Longer ones begin too early, at the key
+# frame before, or were never trimmed
+MAX_EXTRA_S = 1
 # Chosen for more SSIM than x264's defaults (medium, crf 23) at a third of the time, below 1.8 times
 # the size. Without CABAC (9 % of the size), Step 4 and training decode a quarter faster; large
 # pictures need it to stay below 1.8 times the size
 ENCODER = dict(preset='superfast', bf='1', b_strategy='0', weightp='0')
 SMALL, LARGE = dict(crf='21.4', coder='vlc'), dict(crf='21.6')
 LARGE_SIDE = 480  # pixels of the short side, above which LARGE is used
-CLIP_FORMAT = 3  # increase it when a change of this script alters the clips
 # Only real containers: FFmpeg would also read a playlist, and with it any file that it names
 CONTAINERS = 'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpegts,mpeg,ogg'
 MAX_PIXELS = 7680 * 4320  # a header that claims larger pictures would cost gigabytes of memory
@@ -80,6 +82,7 @@ BT601 = 6  # matrix_coefficients of ITU-T H.273
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 COMPLETE = 'there already'
 AHEAD = 500  # items that a cluster is given at once
+GIVEN_UP = 'given up: the workers of the cluster that had it were killed'
 # How to open a compressed archive, by its first bytes; tarfile's own way stops after the first of
 # several compressed pieces
 OPENERS = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zX': lzma.open}
@@ -91,7 +94,9 @@ ROW = re.compile(
     re.ASCII,
 )
 LABEL = re.compile(r'\s+[+-]?[0-9]+$')  # of a list's line
-NAME = re.compile(r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})\.[A-Za-z0-9]+')
+# Other files that downloaders leave beside a video (.json, .wav, .jpg) have its name, too
+SUFFIXES = 'mp4|m4v|mov|3gp|3g2|mkv|webm|avi|flv|wmv|asf|ts|mpg|mpeg|ogv|ogg'
+NAME = re.compile(rf'([A-Za-z0-9_-]{{11}})_([0-9]{{6}})_([0-9]{{6}})\.(?i:{SUFFIXES})')
 
 Keyframes = dict[str, list[int]]  # video id -> annotated seconds
 
@@ -204,7 +209,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def read_keyframes(path: Path) -> tuple[Keyframes, list[tuple]]:
     """The seconds on which people are annotated, and report rows on malformed lines."""
     if not path.exists():
-        sys.exit(f'error: {path} not found; do Step 2 or set --avakinetics_anotation')
+        sys.exit(f'error: {path} not found; run Step 2 or set --avakinetics_anotation')
     keyframes, problems = defaultdict(set), []
     with open(path, encoding='utf-8-sig', errors='replace') as file:
         for number, line in enumerate(map(str.strip, file), 1):
@@ -215,7 +220,7 @@ def read_keyframes(path: Path) -> tuple[Keyframes, list[tuple]]:
                 problems.append(('', '', f'malformed annotation: line {number}: {line[:80]!r}'))
     if not keyframes:
         first = problems[0][2] if problems else 'nobody is annotated'
-        sys.exit(f'error: {path} holds no annotated keyframe: {first}; do Step 2 again')
+        sys.exit(f'error: {path} holds no annotated keyframe: {first}; run Step 2 again')
     return {video: sorted(seconds) for video, seconds in sorted(keyframes.items())}, problems
 
 
@@ -231,18 +236,18 @@ def read_list(path: Path, keyframes: Keyframes) -> tuple[dict[Source, list[int]]
     lines.
     """
     if not path.exists():
-        sys.exit(f'error: {path} not found; do Step 1 or set --kinetics_list')
+        sys.exit(f'error: {path} not found; run Step 1 or set --kinetics_list')
     sources, problems = {}, []
     with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
         for number, line in enumerate(map(str.strip, file), 1):
             if source := parse_name(LABEL.sub('', line)):
                 sources[source] = find_held(source, keyframes)
             elif line:
-                reason = f'line {number}: no name like ID_000001_000011.mp4: {line[:80]!r}'
+                reason = f'line {number}: no video name like ID_000001_000011.mp4: {line[:80]!r}'
                 problems.append(('', '', f'malformed list line: {reason}'))
     held = {source: seconds for source, seconds in sources.items() if seconds}
     if not held:
-        reasons = [row[2] for row in problems] or ['it is empty; do Step 1 again']
+        reasons = [row[2] for row in problems] or ['it is empty; run Step 1 again']
         first = 'is it of this split?' if sources else reasons[0]
         sys.exit(f'error: {path} names {len(sources)} videos, none of them annotated: {first}')
     return held, problems
@@ -264,9 +269,29 @@ def clip_name(source: Source, seconds: list[int]) -> str:
     return '{}_{:06d}_{:06d}.mp4'.format(source.video, *clip_range(source, seconds))
 
 
-def decode(file: BinaryIO, start: float) -> Iterator[tuple[float, av.VideoFrame, str | None]]:
+def measure(video: av.container.InputContainer, stream: av.VideoStream, enough: float) -> float:
+    """Return how long the pictures of a video last, in seconds.
+
+    As the container declares; where it does not, the sound may be longer, and the packets tell.
+    They are read only if the container lasts more than `enough`.
+    """
+    declared = video.duration and video.duration / av.time_base
+    if stream.duration:
+        declared = float(stream.duration * stream.time_base)
+    elif not declared or declared > enough:
+        packets = (packet for packet in video.demux(stream) if packet.pts is not None)
+        times = [packet.pts * packet.time_base for packet in packets]
+        declared = float(max(times, default=0) - min(times, default=0))
+        video.seek(video.start_time or 0)
+    return declared
+
+
+def decode(
+    file: BinaryIO, start: float, length: int
+) -> Iterator[tuple[float, av.VideoFrame, str | None]]:
     """Yield (time, picture, fault) for each picture of a video; times are in seconds.
 
+    Raises Unusable for a video that lasts longer than `length`, the seconds that its name says.
     The fault is an error with which this picture or an earlier one was decoded. It is forgotten at
     each key frame up to `start`, on which later pictures alone depend. Time 0 is the first picture
     or, if that comes more than MAX_LEAD_S after the container's start, the container's start.
@@ -279,6 +304,10 @@ def decode(file: BinaryIO, start: float) -> Iterator[tuple[float, av.VideoFrame,
             raise Unusable('unreadable video: it holds no pictures that can be decoded')
         stream.thread_type = 'NONE'
         stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}
+        if (measured := measure(video, stream, length + MAX_EXTRA_S)) > length + MAX_EXTRA_S:
+            raise Unusable(
+                f'source too long: its name says {length} s, its video lasts {measured:.1f} s'
+            )
         zero, now, fault, pending = None, 0, None, deque()
         for packet in video.demux(stream):
             if zero is not None and packet.is_keyframe and packet.pts is not None:
@@ -301,6 +330,8 @@ def decode(file: BinaryIO, start: float) -> Iterator[tuple[float, av.VideoFrame,
                 if zero is None:
                     begin = (video.start_time or 0) / av.time_base
                     zero = begin if picture.time - begin > MAX_LEAD_S else picture.time
+                if picture.time - zero < now:  # H.264 with B-frames in AVI has no times of its own
+                    fault = fault or f'the times of its frames run backwards, at {now:.1f} s'
                 now = picture.time - zero
                 pending.append((now, picture))
                 if len(pending) > DELAY:
@@ -336,11 +367,28 @@ def nearest(
         yield picture
 
 
+def turn_upright(picture: av.VideoFrame) -> av.VideoFrame:
+    """Return a picture as players show it, turned and mirrored by its display matrix.
+
+    To the nearest right angle: phones write matrices that are a hair off. A degenerate matrix says
+    nothing.
+    """
+    matrix = picture.side_data.get('DISPLAYMATRIX')
+    if not matrix:
+        return picture
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # x' = ax + cy, y' = bx + dy
+    if not (a or c) or not (b or d):
+        return picture
+    image = picture.to_ndarray(format='rgb24')
+    if abs(c) > abs(a):
+        image, a, d = image.swapaxes(0, 1), c, b
+    image = image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(image), 'rgb24')
+
+
 def scale(picture: av.VideoFrame, short_side: int | None) -> av.VideoFrame:
     """The picture as it is encoded: upright, no larger than wanted, even sides, yuv420p, BT.601."""
-    if picture.rotation % 360:  # players turn it
-        turned = np.rot90(picture.to_ndarray(format='rgb24'), picture.rotation // 90)
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(turned), 'rgb24')
+    picture = turn_upright(picture)
     factor = min(1, (short_side or math.inf) / min(picture.width, picture.height))
     return picture.reformat(
         2 * round(picture.width // 2 * factor),
@@ -392,6 +440,7 @@ def cut_clip(
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)
     start, end = (second - source.start for second in clip_range(source, seconds))
+    length = source.end - source.start
     clip = args.videos / clip_name(source, seconds)
     if content is None:
         places = (os.path.join(folder, source.path) for folder in args.folders)
@@ -401,8 +450,10 @@ def cut_clip(
         if not path:
             return f'file missing: {source.path}'
     try:
+        if content == b'':
+            raise Unusable('unreadable video: in its archive it is empty, or a link')
         with open(path, 'rb') if content is None else io.BytesIO(content) as file:
-            encoded = encode(nearest(decode(file, start), start, end), args.short_side)
+            encoded = encode(nearest(decode(file, start, length), start, end), args.short_side)
     except Unusable as error:
         return str(error)
     except IndexError:  # PyAV's, of a stream that damage makes up
@@ -461,7 +512,7 @@ def open_archive(name: str) -> tuple[BinaryIO, str]:
     info = system.info(path)
     times = (info.get(name) for name in ('ETag', 'mtime', 'LastModified', 'Last-Modified'))
     changed = next(filter(None, times), None)
-    return system.open(path), f'{info["size"]} {changed}'
+    return system.open(path), f'{info.get("size")} {changed}'
 
 
 def read_members(file: BinaryIO, keyframes: Keyframes) -> Iterator[tuple]:
@@ -481,9 +532,9 @@ def read_members(file: BinaryIO, keyframes: Keyframes) -> Iterator[tuple]:
             tar.members.clear()  # else memory grows with the archive
             source = parse_name(member.name)
             count += source is not None
-            seconds = find_held(source, keyframes) if source and member.isfile() else []
-            if seconds:
-                yield source, seconds, tar.extractfile(member).read(MAX_BYTES)
+            if seconds := find_held(source, keyframes) if source else []:
+                content = tar.extractfile(member).read(MAX_BYTES) if member.isfile() else b''
+                yield source, seconds, content
     if not count:
         raise tarfile.ReadError('it holds no video of Kinetics-700')
 
@@ -503,8 +554,17 @@ def note(ledger: Path, name: str, outcome: list[str] | str | None) -> None:
         lines.write(f'\n{json.dumps([name, outcome])}\n')  # on a line of its own after a torn one
 
 
+def explain(error: Exception) -> str:
+    """Say why an archive cannot be read, in our words where a library's do not help."""
+    if str(error) == 'empty file':  # tarfile's
+        return 'it is empty'
+    if 'range requests' in str(error):  # fsspec's
+        return 'its server answers no range requests; pipe it into --kinetics_archives - with curl'
+    return f'{type(error).__name__}: {error}'
+
+
 def plan_archives(
-    keyframes: Keyframes, noted: dict, unreadable: list[str], args: argparse.Namespace
+    keyframes: Keyframes, noted: dict, unreadable: list[str], bar: tqdm, args: argparse.Namespace
 ) -> Iterator[tuple]:
     """Yield an item of `cut_clip` for each video in the archives whose clip is missing.
 
@@ -512,7 +572,8 @@ def plan_archives(
     that cannot be is added to `unreadable`.
     """
     digest = hashlib.sha256(json.dumps(keyframes).encode()).hexdigest()
-    for archive in tqdm(args.kinetics_archives, 'archives', delay=1, leave=False):
+    for number, archive in enumerate(args.kinetics_archives, 1):
+        bar.set_postfix_str(f'archive {number} of {len(args.kinetics_archives)}')
         clips = set()
         try:
             file, version = open_archive(archive)
@@ -527,7 +588,7 @@ def plan_archives(
                 if not (args.videos / clip).exists():
                     yield source, seconds, content, args
         except Exception as error:  # remote file systems raise what their libraries do
-            unreadable.append(f'{archive}: {type(error).__name__}: {error}')
+            unreadable.append(f'{archive}: {explain(error)}')
         else:
             if version:
                 note(args.ledger, name, sorted(clips))
@@ -570,6 +631,7 @@ def connect(address: str) -> tuple[Client, type]:
     logging.disable()  # Dask would log tracebacks of errors that are reported in one line
     try:
         client = Client(address, timeout=10)
+        tqdm.write(f'waiting for the workers of {address}', sys.stderr)
         client.wait_for_workers(1, timeout=30)
         client.upload_file(__file__)
     except (OSError, ValueError) as error:
@@ -580,13 +642,13 @@ def connect(address: str) -> tuple[Client, type]:
 def run_all(
     function: Callable, items: Iterable[tuple], args: argparse.Namespace
 ) -> Iterator[tuple]:
-    """Yield (item, answer, None) in any order, or (item, None, reason) if its workers died.
+    """Yield (item, answer) in any order; the answer is GIVEN_UP where an item's workers died.
 
     Items are taken as workers get free.
     """
     workers = args.num_workers if args.num_workers > 0 else cpu_count()
     if workers == 1 and not args.dask_scheduler:  # in this process, where a debugger reaches it
-        yield from ((item, function(*item), None) for item in items)
+        yield from ((item, function(*item)) for item in items)
         return
     if args.dask_scheduler:
         client, killed = connect(args.dask_scheduler)
@@ -604,9 +666,9 @@ def run_all(
             for future in wait(todo, return_when=FIRST_COMPLETED).done:
                 item = todo.pop(future)
                 try:
-                    yield item, future.result(), None
+                    yield item, future.result()
                 except killed:
-                    yield item, None, 'given up: the workers of the cluster that had it were killed'
+                    yield item, GIVEN_UP
     except BrokenProcessPool:
         sys.exit(
             'error: a worker process was killed, as it happens when memory runs out; run the same '
@@ -620,23 +682,32 @@ def run_all(
         executor.shutdown(wait=not (killed and todo))  # a cluster's items are cancelled
 
 
-def note_options(args: argparse.Namespace) -> None:
-    """Note what shapes the clips; exits if there are clips that were made with other options."""
-    path, noted = args.reports / 'cut_kinetics_options.json', {}
-    options = dict(short_side=args.short_side, av=av.__version__, clip_format=CLIP_FORMAT)
+def check_options(args: argparse.Namespace) -> None:
+    """Record what shapes the clips; exit if there are clips that were made with other options.
+
+    An option that an older record lacks is one of today's, which had its default then.
+    """
+    path, recorded = args.reports / 'cut_kinetics_options.json', {}
+    options = dict(
+        short_side=args.short_side,
+        av=av.__version__,
+        fps=FPS,
+        context_s=CONTEXT_S,
+        encoder=[ENCODER, SMALL, LARGE, LARGE_SIDE],
+    )
     with contextlib.suppress(FileNotFoundError, ValueError):
-        noted = json.loads(path.read_text())
-    if noted != options and any(args.videos.glob('*.mp4')):
-        differ = [
-            f'{name}={noted.get(name)}, not {value}'
-            for name, value in options.items()
-            if noted.get(name) != value
-        ]
-        how = '; '.join(differ) if noted else f'unknown options (there is no {path})'
-        sys.exit(
-            f'error: the clips in {args.videos} were made with {how}; give the same options and '
-            'install the same av, or move these clips away'
-        )
+        recorded = json.loads(path.read_text())
+    if any(args.videos.glob('*.mp4')):
+        if not recorded:
+            reason = f'were not made by this script (there is no {path}); move them away'
+            sys.exit(f'error: the clips in {args.videos} {reason}')
+        other = [name for name in options if recorded.get(name, options[name]) != options[name]]
+        if other:
+            made = ', '.join(f'{name} {recorded[name] or "of the source"}' for name in other)
+            sys.exit(
+                f'error: the clips in {args.videos} were made with {made}; give the same options '
+                'and install the same av, or move these clips away'
+            )
     write(path, json.dumps(options).encode())
 
 
@@ -668,28 +739,33 @@ def cut(args: argparse.Namespace) -> None:
     """Cut the clips, write the report, say what came of it."""
     annotations = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
     keyframes, problems = read_keyframes(annotations)
-    unreadable = []
+    unreadable, outcomes, sources = [], {}, {}
     if args.kinetics_archives:
         noted = read_ledger(args.ledger)
         outcomes = {clip: reason for clip, reason in noted.items() if isinstance(reason, str)}
-        items, total = plan_archives(keyframes, noted, unreadable, args), None
     else:
         sources, malformed = read_list(args.kinetics_list, keyframes)
+        problems += malformed
+    with workspace(args.work), tqdm(desc='cut', unit='clip', leave=False) as bar:
+        check_options(args)
         items = [(source, seconds, None, args) for source, seconds in sources.items()]
-        problems, outcomes, total = problems + malformed, {}, len(items)
-    with workspace(args.work), contextlib.closing(run_all(cut_clip, items, args)) as answers:
-        note_options(args)
-        for item, answer, failure in tqdm(answers, 'cut', total, unit='clip', delay=1, leave=False):
-            clip = clip_name(*item[:2])
-            if answer != COMPLETE:
-                outcomes[clip] = answer or failure
-            if args.kinetics_archives and (answer or noted.get(clip)):
-                note(args.ledger, clip, answer)
+        bar.reset(len(items) or None)
+        if args.kinetics_archives:
+            items = plan_archives(keyframes, noted, unreadable, bar, args)
+        with contextlib.closing(run_all(cut_clip, items, args)) as answers:
+            for item, answer in answers:
+                bar.update()
+                clip = clip_name(*item[:2])
+                if answer != COMPLETE:
+                    outcomes[clip] = answer
+                if args.kinetics_archives and (answer or noted.get(clip)):
+                    note(args.ledger, clip, answer)
     problems += [('', '', f'unreadable archive: {reason}') for reason in unreadable]
     there = find_keyframes(os.listdir(args.videos), keyframes)
     report(there, outcomes, keyframes, problems, args)
     if unreadable:
-        sys.exit(f'error: {len(unreadable)} archives cannot be read to the end: {unreadable[0]}')
+        count = f'{len(unreadable)} of {len(args.kinetics_archives)}'
+        sys.exit(f'error: archives that cannot be read to the end: {count}, first {unreadable[0]}')
     if not there:
         sys.exit('error: not one clip could be cut; the report says why')
 
@@ -712,8 +788,8 @@ def report(
     clips = {clip for _, clip in there}
     made = sum(outcomes.get(clip, COMPLETE) is None for clip in clips)
     print(
-        f'{len(clips)} clips in {args.videos} ({made} cut now, {len(clips) - made} there already) '
-        f'for {len(held)} of {len(wanted)} annotated keyframes'
+        f'clips in {args.videos}: {made:,} new, {len(clips) - made:,} existing; they cover '
+        f'{len(held):,} of {len(wanted):,} annotated keyframes'
     )
     for reason, count in Counter(row[2].split(':')[0] for row in rows).items():
         print(f'  {reason}: {count:,}')
@@ -723,8 +799,12 @@ def report(
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+    sys.stderr = sys.stderr or open(os.devnull, 'w')  # None where it is closed
     try:
         cut(parse_args(argv))
+        print(end='', flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os._exit(141)
     except (OSError, UnicodeDecodeError) as error:  # a full disk, permissions; an @FILE of bytes
         sys.exit(f'error: {error}; fix it, then run the same command again')
     except KeyboardInterrupt:
@@ -732,5 +812,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-if __name__ == '__main__':
-    importlib.import_module(Path(__file__).stem).main()  # under the name by which workers import it
+if __name__ == '__main__':  # under the name by which workers import it
+    sys.path.insert(0, os.path.dirname(__file__))  # python -P leaves it out
+    importlib.import_module(Path(__file__).stem).main()

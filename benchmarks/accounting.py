@@ -40,7 +40,7 @@ def make_clips(annotations: Path, listing: Path, root: Path) -> None:
     sources, _ = cut_kinetics.read_list(listing, keyframes)
     args = cut_kinetics.parse_args([f'--avakinetics_root={root}'])
     args.videos.mkdir(parents=True)
-    cut_kinetics.note_options(args)  # as if Step 3 had made them
+    cut_kinetics.check_options(args)  # as if Step 3 had made them
     made = 0
     for source in sources:
         held = cut_kinetics.find_held(source, keyframes)

@@ -128,7 +128,7 @@ def test_second_run_reads_no_archive(kinetics, archives, tmp_path, monkeypatch):
     before = snapshot(tmp_path / 'root')
     monkeypatch.delattr(cut_kinetics, 'read_members')
     done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
-    assert '0 cut now' in done.stdout and snapshot(tmp_path / 'root') == before
+    assert ': 0 new,' in done.stdout and snapshot(tmp_path / 'root') == before
 
 
 def test_a_truncated_archive_costs_no_finished_clip(kinetics, archives, tmp_path):
@@ -137,7 +137,7 @@ def test_a_truncated_archive_costs_no_finished_clip(kinetics, archives, tmp_path
     done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives, code=1)
     assert (tmp_path / 'root/videos/aaaaaaaaaaa_000101_000109.mp4').exists()
     message = errors(done)
-    assert message.startswith('error: 1 archives cannot be read to the end: ')
+    assert message.startswith('error: archives that cannot be read to the end: 1 of 3, first ')
     assert f'{archives[0]}: ' in message and 'unexpected end of data' in message
     rows = read_report(tmp_path / 'root', 'cut_kinetics_train')
     assert [row[2].split(':')[0] for row in rows if not row[0]] == ['unreadable archive']
@@ -221,7 +221,7 @@ def test_over_http_with_dropped_connections(kinetics, archives, server, tmp_path
     done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *urls, code=1)
     assert server.RequestHandlerClass.answers >= 3
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
-    assert f'1 archives cannot be read to the end: {urls[3]}' in errors(done)
+    assert f'cannot be read to the end: 1 of 4, first {urls[3]}' in errors(done)
 
 
 def test_through_the_proxy_that_the_environment_names(
@@ -277,26 +277,28 @@ def test_pieces_of_one_archive_through_standard_input(kinetics, tmp_path):
     for index in range(3):
         piece = data[index * len(data) // 3 : (index + 1) * len(data) // 3]
         (tmp_path / f'raw/Kinetics700.tar.gz.{index:02d}').write_bytes(piece)
-    for said in '(5 cut now, 0 there already)', '(0 cut now, 5 there already)':
+    for said in ': 5 new, 0 existing', ': 0 new, 5 existing':
         done = cut_stdin(kinetics, tmp_path / 'root', f'cat {tmp_path}/raw/*.tar.gz*')
         assert done.returncode == 0 and said in done.stdout, done.stderr
         assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
     (tmp_path / 'raw/Kinetics700.tar.gz.02').unlink()
     done = cut_stdin(kinetics, tmp_path / 'root', f'cat {tmp_path}/raw/*.tar.gz*')
-    assert done.returncode == 1 and 'cannot be read to the end: -: EOFError' in errors(done)
+    assert (
+        done.returncode == 1
+        and 'cannot be read to the end: 1 of 1, first -: EOFError' in errors(done)
+    )
 
 
 def test_the_documented_command_for_pieces(kinetics, tmp_path):
     write_whole(kinetics, tmp_path / 'raw.tar.gz', 'w:gz')
     (tmp_path / 'raw').mkdir()
     (tmp_path / 'raw.tar.gz').rename(tmp_path / 'raw/Kinetics700.tar.gz.00')
-    block = re.search(
-        r'^cat raw/.*?(?=^```)', (REPO / 'docs/small-disk.md').read_text(), re.M | re.S
-    )
+    block = re.search(r'^RAW=.*?(?=^```)', (REPO / 'docs/small-disk.md').read_text(), re.M | re.S)
     settings = dict(AVAKINETICS_ANOTATION=f'{kinetics}/notes', AVAKINETICS_ROOT=f'{tmp_path}/root')
     command = block[0].replace('cut_kinetics.py', f'{REPO}/cut_kinetics.py')
+    command = command.replace('/path/to/raw', f'{tmp_path}/raw')
     command = command.replace('python3', sys.executable)
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=os.environ | settings)
+    subprocess.run(command, shell=True, check=True, env=os.environ | settings)
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
@@ -390,7 +392,7 @@ def test_archives_are_read_again_for_new_annotations(kinetics, archives, tmp_pat
     before = snapshot(tmp_path / 'root/videos')
     notes.write_text(ROWS + annotation_rows('uNwAnTeD-00', 5))
     done = cut_archives(tmp_path, tmp_path / 'root', '--kinetics_archives', archives[2])
-    assert '(1 cut now, 5 there already)' in done.stdout, done.stdout
+    assert ': 1 new, 5 existing' in done.stdout, done.stdout
     assert before.items() <= snapshot(tmp_path / 'root/videos').items()
     assert (tmp_path / 'root/videos/uNwAnTeD-00_000003_000007.mp4').exists()
 
@@ -399,7 +401,9 @@ def test_errors_say_what_to_do(kinetics, tmp_path):
     root = tmp_path / 'root'
     for name in tmp_path / 'none.tar', 's4://bucket/x.tar', tmp_path:
         message = errors(cut_archives(kinetics, root, '--kinetics_archives', name, code=1))
-        assert message.startswith(f'error: 1 archives cannot be read to the end: {name}: ')
+        assert message.startswith(
+            f'error: archives that cannot be read to the end: 1 of 1, first {name}: '
+        )
         assert len(read_report(root, 'cut_kinetics_train')) == 8
     done = cut_archives(kinetics, root, '--kinetics_archives', f'@{tmp_path}/none.txt', code=2)
     assert f"error: [Errno 2] No such file or directory: '{tmp_path}/none.txt'\n" in done.stderr

@@ -1,13 +1,18 @@
 """Step 3 on sources of every kind: each frame of each clip is the nearest one of the source."""
 
+import re
+import struct
 import subprocess
+import tarfile
 from fractions import Fraction
 
+import av
 import cv2
 import decord
 import numpy as np
 import pytest
 
+import cut_kinetics
 import draw
 from helpers import (
     SIZE,
@@ -157,7 +162,7 @@ def test_second_run_changes_nothing(matrix):
     folder, _ = matrix
     before = snapshot(folder)
     done = cut(folder)
-    assert f'0 cut now, {len(VARIANTS)} there already' in done.stdout
+    assert f'0 new, {len(VARIANTS)} existing' in done.stdout
     assert snapshot(folder) == before
 
 
@@ -209,7 +214,7 @@ def test_of_sources_that_overlap_each_gives_a_clip_and_a_broken_one_costs_nothin
     for path in (world / 'root/videos').iterdir():
         path.unlink()
     (world / 'kinetics700/videos_train/b/aaaaaaaaaaa_000103_000113.mp4').write_bytes(b'no video')
-    for said in '(1 cut now, 0 there already)', '(0 cut now, 1 there already)':
+    for said in ': 1 new, 0 existing', ': 0 new, 1 existing':
         done = cut(world)
         assert said in done.stdout and '2 of 2 annotated keyframes' in done.stdout
         assert clips(world) == ['aaaaaaaaaaa_000103_000110.mp4'] and not reasons(world)
@@ -223,6 +228,137 @@ def test_a_copy_of_the_same_seconds_serves_where_the_first_is_missing(world):
     )
     cut(world)
     assert clips(world) == ['aaaaaaaaaaa_000103_000107.mp4'] and not reasons(world)
+
+
+def ffmpeg(*arguments) -> None:
+    command = [draw.FFMPEG, '-v', 'error', '-y', *map(str, arguments)]
+    subprocess.run(command, check=True)
+
+
+VP8 = ('-c:v', 'libvpx', '-deadline', 'realtime', '-cpu-used', '8', '-b:v', '1M', '-g', '150')
+FROM_13 = ('-ss', '13', '-t', '10')
+SOUND_OF_15_S = ('-t', '10', '-f', 'lavfi', '-t', '15', '-i', 'sine', '-map', '1:a', '-c:a', 'aac')
+# name -> (suffix, options before and after the input of 40 s with a key frame every 5 s, the
+# seconds that the video lasts, or None where it is cut, and the first frame that its clip shows)
+LENGTHS = {
+    'copied from the key frame before, webm': ('webm', FROM_13, (), '13.0', None),
+    'copied from the key frame before, mkv': ('mkv', FROM_13, (), '13.0', None),
+    'copied from the key frame before, flv': ('flv', FROM_13, (), '13.0', None),
+    'copied, mp4, which says where to begin': ('mp4', FROM_13, (), None, 480),
+    'never trimmed, mp4': ('mp4', (), (), '40.0', None),
+    'never trimmed, avi': ('avi', (), ('-bf', '0', '-c:v', 'libx264'), '40.0', None),
+    'never trimmed, no duration declared': ('mkv', (), ('-live', '1'), '40.0', None),
+    'ten seconds, no duration declared': ('mkv', ('-t', '10'), ('-live', '1'), None, 90),
+    'a second longer': ('mp4', ('-t', '10.9'), (), None, 90),
+    'more than a second longer': ('mp4', ('-t', '11.2'), (), '11.2', None),
+    'a longer sound, mp4': ('mp4', ('-t', '10'), SOUND_OF_15_S[2:], None, 90),
+    'a longer sound, mkv': ('mkv', ('-t', '10'), SOUND_OF_15_S[2:], None, 90),
+    'a clock that starts at an hour': (
+        'mkv',
+        ('-t', '10'),
+        ('-output_ts_offset', '3600'),
+        None,
+        90,
+    ),
+}
+
+
+@pytest.mark.parametrize('archive', [False, True], ids=['list', 'archive'])
+def test_a_source_that_is_longer_than_its_name_says_is_reported(tmp_path, archive):
+    """Copied from the key frame before, as yt-dlp does, every frame would be seconds early."""
+    numbered_source(tmp_path / 'long.mp4', dict(seconds=40, options=('-g', '150', '-bf', '0')))
+    ffmpeg('-i', tmp_path / 'long.mp4', *VP8, tmp_path / 'long.webm')
+    names, rows = [], ''
+    for index, (suffix, before, after, _, _) in enumerate(LENGTHS.values()):
+        source = tmp_path / f'long.{"webm" if suffix == "webm" else "mp4"}'
+        inputs = [*after[:6]] if 'lavfi' in after else []
+        names.append(f'length_{index:04d}_000013_000023.{suffix}')
+        options = after[len(inputs) :]
+        maps = ['-map', '0:v'] if inputs else []
+        codec = [] if '-c:v' in options else ['-c:v', 'copy']
+        ffmpeg(*before, '-i', source, *inputs, *maps, *codec, *options, tmp_path / names[-1])
+        rows += annotation_rows(f'length_{index:04d}', 18)
+    (tmp_path / 'kinetics_train_v1.0.csv').write_text(rows)
+    (tmp_path / 'list.txt').write_text('\n'.join(names))
+    with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
+        for name in names:
+            tar.add(tmp_path / name, name)
+    sources = f'--kinetics_archives={tmp_path}/all.tar'
+    sources = sources if archive else f'--kinetics_list={tmp_path}/list.txt'
+    places = f'--avakinetics_anotation={tmp_path}', f'--avakinetics_root={tmp_path}/root'
+    here('cut_kinetics.py', *places, sources)
+    told = {row[0]: row[2] for row in read_report(tmp_path / 'root', 'cut_kinetics_train')}
+    for index, (name, (_, _, _, lasts, first)) in enumerate(LENGTHS.items()):
+        video = f'length_{index:04d}'
+        clip = tmp_path / f'root/videos/{video}_000016_000020.mp4'
+        if lasts:
+            reason = f'source too long: its name says 10 s, its video lasts {lasts} s'
+            assert told.get(video) == reason and not clip.exists(), name
+        else:
+            assert video not in told and clip_frames(clip) == list(range(first, first + 120)), name
+
+
+UNIT = 1 << 16
+MATRICES = {  # a, b, c, d of a display matrix
+    'as it is': (UNIT, 0, 0, UNIT),
+    'turned 90': (0, UNIT, -UNIT, 0),
+    'turned 180': (-UNIT, 0, 0, -UNIT),
+    'turned 270': (0, -UNIT, UNIT, 0),
+    'mirrored': (-UNIT, 0, 0, UNIT),
+    'upside down': (UNIT, 0, 0, -UNIT),
+    'transposed': (0, UNIT, UNIT, 0),
+    'transposed the other way': (0, -UNIT, -UNIT, 0),
+    'of zeros': (0, 0, 0, 0),
+    'without a column': (UNIT, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize('off', [0, 3, -5], ids=['exact', '3 off', '-5 off'])
+@pytest.mark.parametrize('name', MATRICES)
+def test_frames_are_turned_as_ffmpeg_turns_them(tmp_path, name, off):
+    image = np.zeros((96, 128, 3), np.uint8)
+    image[:48, :64], image[:48, 64:], image[48:, :64] = (20, 20, 220), (30, 200, 30), (210, 40, 20)
+    path = tmp_path / 'turned.mp4'
+    draw.encode(path, [image] * 3, 30, (128, 96))
+    content, plain = path.read_bytes(), struct.pack('>9i', UNIT, 0, 0, 0, UNIT, 0, 0, 0, 1 << 30)
+    start = content.index(plain, content.index(b'tkhd'))
+    degenerate = name in ('of zeros', 'without a column')
+    a, b, c, d = (value if value or degenerate else off for value in MATRICES[name])
+    matrix = struct.pack('>9i', a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content[:start] + matrix + content[start + len(matrix) :])
+    ffmpeg('-i', path, '-frames:v', '1', tmp_path / 'right.png')
+    with av.open(str(path)) as video:
+        shown = cut_kinetics.turn_upright(next(video.decode(video=0))).to_ndarray(format='bgr24')
+    np.testing.assert_array_equal(shown, cv2.imread(str(tmp_path / 'right.png')))
+
+
+def test_frames_whose_times_run_backwards_are_reported(world):
+    """H.264 with B-frames in AVI: the container has no times of presentation."""
+    path = 'a/aaaaaaaaaaa_000000_000010.avi'
+    make(world, {path: dict(suffix='avi', options=('-bf', '3'))}, annotation_rows('aaaaaaaaaaa', 5))
+    assert 'not one clip could be cut' in errors(cut(world, code=1))
+    reason = reasons(world)['aaaaaaaaaaa', '5']
+    assert re.fullmatch(
+        r'damaged video: the times of its frames run backwards, at \d\.\d s', reason
+    )
+    make(world, {path: dict(suffix='avi', options=('-bf', '0'))}, annotation_rows('aaaaaaaaaaa', 5))
+    cut(world)
+    clip = world / 'root/videos/aaaaaaaaaaa_000003_000007.mp4'
+    assert clip_frames(clip) == list(range(90, 210))
+
+
+def test_files_beside_a_video_are_no_videos(world):
+    """As yt-dlp leaves them; they cost a line of the report, and no clip."""
+    make(
+        world,
+        {'a/aaaaaaaaaaa_000100_000110.mp4': {}},
+        annotation_rows('aaaaaaaaaaa', 105),
+        [f'a/aaaaaaaaaaa_000100_000110.{suffix}' for suffix in ('wav', 'json', 'mp4', 'MP4.part')],
+    )
+    (world / 'kinetics700/videos_train/a/aaaaaaaaaaa_000100_000110.wav').write_bytes(b'sound')
+    for _ in range(2):
+        assert 'malformed list line: 3' in cut(world).stdout
+    assert {reason.split(': ')[0] for reason in reasons(world).values()} == {'malformed list line'}
 
 
 def test_sources_that_end_early(world):
@@ -290,7 +426,7 @@ def test_every_unusable_line_is_reported_with_its_number(world):
             [
                 '',
                 '',
-                f'malformed list line: line {number}: no name like ID_000001_000011.mp4: '
+                f'malformed list line: line {number}: no video name like ID_000001_000011.mp4: '
                 f'{listed[number - 1]!r}',
             ]
             for number in (2, 3)
@@ -339,7 +475,7 @@ def test_the_right_spelling_and_the_documented_defaults_work(world):
 
 
 def test_errors_say_what_to_do(world):
-    assert 'do Step 2' in errors(cut(world, code=1))
+    assert 'run Step 2' in errors(cut(world, code=1))
     make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': None}, annotation_rows('bbbbbbbbbbb', 105))
     assert 'names 1 videos, none of them annotated: is it of this split?' in errors(
         cut(world, code=1)
@@ -349,7 +485,7 @@ def test_errors_say_what_to_do(world):
     both = errors(cut(world, '--kinetics_archives', 'x.tar', code=1))
     assert both == 'error: give --kinetics_list or --kinetics_archives, not both'
     (world / 'kinetics700/list.txt').unlink()
-    assert 'do Step 1' in errors(cut(world, code=1))
+    assert 'run Step 1' in errors(cut(world, code=1))
     (world / 'kinetics700/list.txt').mkdir()
     assert 'Is a directory' in errors(cut(world, code=1))
 
@@ -362,10 +498,10 @@ def test_a_file_of_which_no_line_is_usable_says_what_is_wrong_with_the_first(wor
         ['a/aaaaaaaaaaa_000100_000110.mp4,7', 'a/bbbbbbbbbbb_000100_000110.mp4,7'],
     )
     message = errors(cut(world, code=1))
-    assert "line 1: no name like ID_000001_000011.mp4: 'a/aaaaaaaaaaa_000100_0001" in message
+    assert "line 1: no video name like ID_000001_000011.mp4: 'a/aaaaaaaaaaa_000100_0001" in message
     make(world, {}, 'aaaaaaaaaaa,105,0.1,0.2,0.5\nbbbbbbbbbbb,105,0.1\n', ['x 1'])
     message = errors(cut(world, code=1))
-    assert "line 1: 'aaaaaaaaaaa,105,0.1,0.2,0.5" in message and 'do Step 2' in message
+    assert "line 1: 'aaaaaaaaaaa,105,0.1,0.2,0.5" in message and 'run Step 2' in message
 
 
 @pytest.mark.parametrize('side,coder', [(480, b'cabac=0'), (482, b'cabac=1')])
