@@ -46,13 +46,14 @@ if TYPE_CHECKING:
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
-CLIP_NAME = re.compile(r'[A-Za-z0-9_-]{11}_[0-9]{6}_[0-9]{6}')
+CLIP_NAME = re.compile(r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})')
 QUALITY = 92  # of libjpeg; the PSNR is 0.4 to 0.5 dB above that of ffmpeg's -q:v 2
 BT709 = 1  # matrix_coefficients of ITU-T H.273
 FULL_RANGE = 2  # FFmpeg's AVCOL_RANGE_JPEG
 COMPLETE = 'there already'
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 AHEAD = 500  # items that a cluster is given at once
+GIVEN_UP = 'given up: the workers of the cluster that had it were killed'
 
 
 def to_path(text: str) -> Path:
@@ -98,14 +99,16 @@ def count_frames(clip: str) -> int:
 
 
 def is_complete(clip: str, args: argparse.Namespace) -> bool:
-    """Whether a clip has all its frames, none of them empty or older than the clip."""
+    """Whether a clip has exactly its frames, none of them empty or older than the clip."""
     try:
         changed = os.stat(args.videos / f'{clip}.mp4').st_mtime
-        frames = {entry.name: entry.stat() for entry in os.scandir(args.frames / clip)}
-        wanted = [frames[f'img_{index:05d}.jpg'] for index in range(1, count_frames(clip) + 1)]
-    except (OSError, KeyError):
+        entries = os.scandir(args.frames / clip)
+        frames = {entry.name: entry.stat() for entry in entries if entry.name.startswith('img_')}
+    except OSError:
         return False
-    return all(frame.st_size and frame.st_mtime >= changed for frame in wanted)
+    names = {f'img_{index:05d}.jpg' for index in range(1, count_frames(clip) + 1)}
+    usable = (frame.st_size and frame.st_mtime >= changed for frame in frames.values())
+    return frames.keys() == names and all(usable)
 
 
 @functools.cache
@@ -147,7 +150,7 @@ def extract_clip(clip: str, args: argparse.Namespace) -> str | None:
                 if count <= expected:
                     (work / f'img_{count:05d}.jpg').write_bytes(encode_jpeg(frame))
         if count != expected:
-            return f'wrong number of frames: {count}, not {expected}; remove it, repeat Step 3'
+            return f'wrong number of frames: {count}, not {expected}; remove it, run Step 3 again'
         if os.path.lexists(args.frames / clip):
             os.replace(args.frames / clip, f'{work}.old')
         os.replace(work, args.frames / clip)
@@ -155,7 +158,7 @@ def extract_clip(clip: str, args: argparse.Namespace) -> str | None:
     # IndexError: no pictures; AttributeError: no decoder for them
     except (av.FFmpegError, IndexError, AttributeError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or error
-        return f'unreadable clip: {reason}; remove it, repeat Step 3'
+        return f'unreadable clip: {reason}; remove it, run Step 3 again'
     finally:
         for folder in work, f'{work}.old':
             shutil.rmtree(folder, ignore_errors=True)
@@ -198,6 +201,7 @@ def connect(address: str) -> tuple[Client, type]:
     logging.disable()  # Dask would log tracebacks of errors that are reported in one line
     try:
         client = Client(address, timeout=10)
+        tqdm.write(f'waiting for the workers of {address}', sys.stderr)
         client.wait_for_workers(1, timeout=30)
         client.upload_file(__file__)
     except (OSError, ValueError) as error:
@@ -208,13 +212,13 @@ def connect(address: str) -> tuple[Client, type]:
 def run_all(
     function: Callable, items: Iterable[tuple], args: argparse.Namespace
 ) -> Iterator[tuple]:
-    """Yield (item, answer, None) in any order, or (item, None, reason) if its workers died.
+    """Yield (item, answer) in any order; the answer is GIVEN_UP where an item's workers died.
 
     Items are taken as workers get free.
     """
     workers = args.num_workers if args.num_workers > 0 else cpu_count()
     if workers == 1 and not args.dask_scheduler:  # in this process, where a debugger reaches it
-        yield from ((item, function(*item), None) for item in items)
+        yield from ((item, function(*item)) for item in items)
         return
     if args.dask_scheduler:
         client, killed = connect(args.dask_scheduler)
@@ -232,9 +236,9 @@ def run_all(
             for future in wait(todo, return_when=FIRST_COMPLETED).done:
                 item = todo.pop(future)
                 try:
-                    yield item, future.result(), None
+                    yield item, future.result()
                 except killed:
-                    yield item, None, 'given up: the workers of the cluster that had it were killed'
+                    yield item, GIVEN_UP
     except BrokenProcessPool:
         sys.exit(
             'error: a worker process was killed, as it happens when memory runs out; run the same '
@@ -251,26 +255,28 @@ def run_all(
 def extract(args: argparse.Namespace) -> None:
     """Extract the clips that are not complete yet, write the report, say what came of it."""
     if not args.videos.is_dir():
-        sys.exit(f'error: {args.videos} not found; do Step 3 or set --avakinetics_root')
+        sys.exit(f'error: {args.videos} not found; run Step 3 or set --avakinetics_root')
     names = sorted(name[:-4] for name in os.listdir(args.videos) if name.endswith('.mp4'))
     items = [(clip, args) for clip in names if CLIP_NAME.fullmatch(clip)]
     if not items:
-        sys.exit(f'error: {args.videos} holds no clip; do Step 3 (cut_kinetics.py) first')
-    with workspace(args.work), contextlib.closing(run_all(extract_clip, items, args)) as answers:
-        bar = tqdm(answers, 'extract', len(items), unit='clip', delay=1)
-        outcomes = {item[0]: answer or failure for item, answer, failure in bar}
+        sys.exit(f'error: {args.videos} holds no clip; run Step 3 (cut_kinetics.py) first')
+    with (
+        workspace(args.work),
+        contextlib.closing(run_all(extract_clip, items, args)) as answers,
+        tqdm(answers, 'extract', len(items), unit='clip', leave=False) as bar,
+    ):
+        outcomes = {item[0]: answer for item, answer in bar}
     rows = sorted(row for row in outcomes.items() if row[1] not in (None, COMPLETE))
     report = args.reports / 'extract_rgb_frames.csv'
     write_csv(report, [('clip', 'reason'), *rows])
 
-    there = list(outcomes.values()).count(COMPLETE)
-    made = len(items) - len(rows) - there
+    existing = list(outcomes.values()).count(COMPLETE)
     print(
-        f'{made + there} of {len(items)} clips in {args.frames} '
-        f'({made} extracted now, {there} there already)'
+        f'clips with frames in {args.frames}: {len(items) - len(rows) - existing:,} new, '
+        f'{existing:,} existing, {len(rows):,} failed'
     )
     for reason, count in Counter(reason.split(':')[0] for _, reason in rows).items():
-        print(f'  {count} left out: {reason}')
+        print(f'  {count:,} failed: {reason}')
     if rows:
         print(f'  report: {report}')
     if len(rows) == len(items):
@@ -294,8 +300,12 @@ def write_csv(path: Path, rows: list[tuple]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+    sys.stderr = sys.stderr or open(os.devnull, 'w')  # None where it is closed
     try:
         extract(parse_args(argv))
+        print(end='', flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os._exit(141)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; fix it, then run the same command again')
     except KeyboardInterrupt:
@@ -303,5 +313,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-if __name__ == '__main__':
-    importlib.import_module(Path(__file__).stem).main()  # under the name by which workers import it
+if __name__ == '__main__':  # under the name by which workers import it
+    sys.path.insert(0, os.path.dirname(__file__))  # python -P leaves it out
+    importlib.import_module(Path(__file__).stem).main()

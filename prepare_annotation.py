@@ -25,13 +25,15 @@ import sys
 from collections import Counter
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterable, NamedTuple
 
 import av
 from tqdm import tqdm
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 FPS = 30
+OLD_FRAMES = 'frames older than their clip'
+NO_THREADS = 'no more threads can be started here; raise the limit on processes (ulimit -u)'
 CLIP_NAME = re.compile(r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})')
 FRACTION = r'(0?\.\d+|[01](?:\.0*)?|\d(?:\.\d+)?e-\d+)'  # 0 to 1
 # video, timestamp and, if somebody is annotated there, box and action
@@ -49,6 +51,18 @@ class Clip(NamedTuple):
     video: str
     start: int
     end: int
+
+
+class State(NamedTuple):
+    """How usable a clip is: by its raw frames, else by its video, or what is wrong with both.
+
+    Its frames are `old` where only their times keep them from being used.
+    """
+
+    clip: Clip
+    frames: bool = False
+    problem: str | None = None
+    old: bool = False
 
 
 def to_path(text: str) -> Path:
@@ -104,7 +118,7 @@ def read_annotations(path: Path) -> tuple[list[tuple], list[tuple]]:
     two columns, which name a keyframe on which nobody was annotated.
     """
     if not path.exists():
-        sys.exit(f'error: {path} not found; do Step 2 or set --avakinetics_anotation')
+        sys.exit(f'error: {path} not found; run Step 2 or set --avakinetics_anotation')
     rows, problems = [], []
     with open(path, encoding='utf-8-sig', errors='replace') as file:
         for number, line in enumerate(map(str.strip, file), 1):
@@ -118,37 +132,66 @@ def read_annotations(path: Path) -> tuple[list[tuple], list[tuple]]:
     return rows, problems
 
 
-@functools.cache
-def frame_names(count: int) -> frozenset[str]:
-    return frozenset(f'img_{index:05d}.jpg' for index in range(1, count + 1))
+def check_frames(folder: Path, numbers: Iterable[int], since: float | None) -> str | None:
+    """Return what is wrong with these raw frames of a folder: missing, empty, older than `since`.
 
-
-def check_clip(clip: Clip, root: Path) -> tuple[bool, str]:
-    """(True, '') if a clip has all its raw frames, (False, '') if its video is intact, else (False,
-    what is wrong).
+    Where `since` is given, the folder may hold no others.
     """
-    total, problem = (clip.end - clip.start) * FPS, ''
-    video, frames = root / f'videos/{clip.name}.mp4', root / 'rawframes' / clip.name
+    entries = os.scandir(folder)
+    files = {entry.name: entry.stat() for entry in entries if entry.name.startswith('img_')}
+    names = [f'img_{number:05d}.jpg' for number in numbers]
+    missing = [name for name in names if name not in files or not files[name].st_size]
+    if missing:
+        return f'frames missing or empty: {len(missing):,} of {len(names):,}, first {missing[0]}'
+    if since is None:
+        return None
+    if len(files) > len(names):
+        return f'too many frames: {len(files):,}, not {len(names):,}'
+    return OLD_FRAMES if any(file.st_mtime < since for file in files.values()) else None
+
+
+def check_clip(clip: Clip, root: Path) -> State:
+    """Look at a clip's raw frames or, where they are not complete, at its video."""
+    total, problem = (clip.end - clip.start) * FPS, None
+    video = root / f'videos/{clip.name}.mp4'
+    exists = video.exists()
     try:
-        missing = frame_names(total).difference(os.listdir(frames))
-        since = video.stat().st_mtime if video.exists() else 0
-        if missing:
-            problem = f'frames missing: {len(missing)} of {total}, first {min(missing)}'
-        elif (frames / 'img_00001.jpg').stat().st_mtime >= since:
-            return True, ''
+        since = video.stat().st_mtime if exists else 0
+        problem = check_frames(root / 'rawframes' / clip.name, range(1, total + 1), since)
+        if not problem:
+            return State(clip, frames=True)
     except FileNotFoundError:  # no raw frames
         pass
     except OSError as error:
         problem = f'unreadable frames: {error.strerror}'
-    if video.exists():  # then it is what counts
-        problem = ''
+    old = problem == OLD_FRAMES
+    if exists or not problem:
+        problem = check_video(video, total)
+    return State(clip, problem=problem, old=old)
+
+
+def check_video(video: Path, total: int) -> str | None:
+    """Return what is wrong with a clip's video, by its packets, which are not decoded."""
     try:
         with av.open(str(video), format='mov') as packets:
             count = sum(packet.size > 0 for packet in packets.demux(video=0))
     except (av.FFmpegError, IndexError, ValueError) as error:  # ValueError: undecodable names
-        reason = getattr(error, 'strerror', None) or 'it holds no pictures'
-        return False, problem or f'unreadable clip: {reason}'
-    return False, '' if count == total else f'wrong number of frames: {count}, not {total}'
+        return f'unreadable clip: {getattr(error, "strerror", None) or "it holds no frames"}'
+    return f'wrong number of frames: {count:,}, not {total:,}' if count != total else None
+
+
+def check_clips(clips: list[Clip], root: Path, workers: int) -> dict[Clip, State]:
+    """Look at clips in threads, many of which wait for a slow file server together."""
+    try:
+        threads = ThreadPool(workers if workers > 0 else None)
+    except (RuntimeError, AttributeError):  # AttributeError: Python fails to clean up after itself
+        sys.exit(f'error: {NO_THREADS}')
+    states = {}
+    with threads, tqdm(desc='check', total=len(clips), unit='clip', leave=False) as bar:
+        for state in threads.imap(functools.partial(check_clip, root=root), clips, 64):
+            states[state.clip] = state
+            bar.update()
+    return states
 
 
 def find_clips(root: Path, keyframes: set[tuple]) -> dict[str, list[Clip]]:
@@ -165,12 +208,12 @@ def find_clips(root: Path, keyframes: set[tuple]) -> dict[str, list[Clip]]:
     return clips
 
 
-def choose_clip(second: int, clips: list[Clip], states: dict[Clip, tuple]) -> Clip | None:
+def choose_clip(second: int, clips: list[Clip], states: dict[Clip, State]) -> Clip | None:
     """The best clip that holds a keyframe: complete if there is such, then the most centred one."""
     held = [clip for clip in clips if clip.start <= second < clip.end]
     return min(
         held,
-        key=lambda clip: (bool(states[clip][1]), abs(clip.start + clip.end - 2 * second)),
+        key=lambda clip: (bool(states[clip].problem), abs(clip.start + clip.end - 2 * second)),
         default=None,
     )
 
@@ -183,22 +226,20 @@ def prepare(args: argparse.Namespace) -> None:
     keyframes = {row[:2] for row in rows if row[2]}
     if not keyframes:
         first = malformed[0][2] if malformed else 'nobody is annotated'
-        sys.exit(f'error: {annotations} holds no annotated keyframe: {first}; do Step 2 again')
+        sys.exit(f'error: {annotations} holds no annotated keyframe: {first}; run Step 2 again')
     clips = find_clips(root, keyframes)
     found = [clip for of_video in clips.values() for clip in of_video]
     if not found:
         sys.exit(
-            f'error: {root} holds no clip of the {len(clips)} annotated videos; do Step 3 '
+            f'error: {root} holds no clip of the {len(clips)} annotated videos; run Step 3 '
             '(cut_kinetics.py) or set --avakinetics_root'
         )
-    with ThreadPool(args.num_workers if args.num_workers > 0 else None) as threads:
-        looked = threads.imap(functools.partial(check_clip, root=root), found, 64)
-        states = dict(zip(found, tqdm(looked, 'check', len(found), unit='clip', delay=1)))
+    states = check_clips(found, root, args.num_workers)
     chosen, lost = {}, []
     for video, second in sorted(keyframes):
         if not (clip := choose_clip(second, clips[video], states)):
             lost.append((video, second, 'no clip holds this keyframe'))
-        elif problem := states[clip][1]:
+        elif problem := states[clip].problem:
             lost.append((video, second, f'{problem} in {clip.name}'))
         else:
             chosen[video, second] = clip
@@ -214,22 +255,23 @@ def prepare(args: argparse.Namespace) -> None:
     target = root / f'kinetics_{args.split}.csv'
     write(target, ''.join(lines).encode())
 
-    used = set(chosen.values())
-    by_frames = sum(states[clip][0] for clip in used)
+    used = [states[clip] for clip in set(chosen.values())]
+    by_frames = sum(state.frames for state in used)
     print(
-        f'{len(lines)} rows in {target}: {len(chosen)} of {len(keyframes)} annotated keyframes, '
-        f'on {len(used)} clips, {by_frames} by their raw frames, {len(used) - by_frames} by their '
-        'videos'
+        f'rows in {target}: {len(lines):,}, for {len(chosen):,} of {len(keyframes):,} annotated '
+        f'keyframes; clips: {by_frames:,} with raw frames, {len(used) - by_frames:,} as videos'
     )
-    if 0 < by_frames < len(used):
+    old = sum(state.old for state in used)
+    if old or 0 < by_frames < len(used):
         print(
-            '  training reads either frames or videos of Kinetics: extract frames that are missing '
-            'or older than their clip (Step 4) and repeat this step, or train from videos only'
+            f'  clips whose raw frames are older than the clip, as after cp -r: {old:,}; training '
+            'reads either all clips as frames or all as videos: run Step 4, then this step again: '
+            f'python3 extract_rgb_frames.py --avakinetics_root={root}'
         )
     for reason, count in Counter(row[2].split(':')[0] for row in lost + malformed).items():
-        print(f'  {count} left out: {reason}')
+        print(f'  {count:,} left out: {reason}')
     if nobody := len({row[:2] for row in rows} - keyframes):
-        print(f'  {nobody} keyframes without people: nothing to prepare')
+        print(f'  keyframes without people, nothing to prepare: {nobody:,}')
     if lost or malformed:
         print(f'  report: {report}')
 
@@ -251,8 +293,12 @@ def write_csv(path: Path, rows: list[tuple]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+    sys.stderr = sys.stderr or open(os.devnull, 'w')  # None where it is closed
     try:
         prepare(parse_args(argv))
+        print(end='', flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os._exit(141)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; fix it, then run the same command again')
     except KeyboardInterrupt:

@@ -13,10 +13,13 @@ import cv2
 import decord
 import pytest
 
+import cut_kinetics
 import draw
 import fetch_proposal
+import softlink_ava
 from helpers import (
     REPO,
+    age,
     annotation_rows,
     clip_frames,
     cut,
@@ -44,6 +47,7 @@ def job(world):
         annotation_rows('aaaaaaaaaaa', 105) + annotation_rows('bbbbbbbbbbb', 105)
     )
     cut(world)
+    age(world)
     return world
 
 
@@ -53,15 +57,15 @@ def report(folder, name='cut_kinetics_train') -> list[list[str]]:
 
 def test_a_clip_older_than_its_source_is_cut_again(job):
     numbered_source(job / 'kinetics700/videos/aaaaaaaaaaa_000100_000110.mp4', dict(first=1000))
-    assert '(1 cut now, 1 there already)' in cut(job).stdout
+    assert ': 1 new, 1 existing' in cut(job).stdout
     assert clip_frames(job / f'root/videos/{CLIP}.mp4')[0] == 1090
     before = snapshot(job)
-    assert '(0 cut now, 2 there already)' in cut(job).stdout and snapshot(job) == before
+    assert ': 0 new, 2 existing' in cut(job).stdout and snapshot(job) == before
 
 
 def test_a_source_that_is_gone_costs_no_clip(job):
     (job / 'kinetics700/videos/aaaaaaaaaaa_000100_000110.mp4').unlink()
-    assert '(0 cut now, 2 there already)' in cut(job).stdout and not report(job)
+    assert ': 0 new, 2 existing' in cut(job).stdout and not report(job)
 
 
 def test_a_source_that_is_broken_now_costs_no_clip(job):
@@ -78,29 +82,52 @@ def test_a_source_that_is_broken_now_costs_no_clip(job):
 def test_clips_of_other_options_are_not_mixed(job):
     before = snapshot(job)
     assert errors(cut(job, '--short_side=64', code=1)) == (
-        f'error: the clips in {job}/root/videos were made with short_side=None, not 64; give the '
-        'same options and install the same av, or move these clips away'
+        f'error: the clips in {job}/root/videos were made with short_side of the source; give '
+        'the same options and install the same av, or move these clips away'
     )
     assert snapshot(job) == before
     shutil.rmtree(job / 'root/videos')
-    assert '(2 cut now' in cut(job, '--short_side=64').stdout
+    assert ': 2 new' in cut(job, '--short_side=64').stdout
     assert decord.VideoReader(str(job / f'root/videos/{CLIP}.mp4'))[0].shape[:2] == (64, 86)
-    assert 'short_side=64, not None' in errors(cut(job, code=1))
-    assert '(0 cut now' in cut(job, '--short_side=64').stdout
+    assert 'were made with short_side 64; give' in errors(cut(job, code=1))
+    assert ': 0 new' in cut(job, '--short_side=64').stdout
 
 
-@pytest.mark.parametrize('name', ['short_side', 'av', 'clip_format'])
+@pytest.mark.parametrize('name', ['short_side', 'av', 'fps', 'context_s', 'encoder'])
 def test_clips_of_any_other_option_are_not_mixed(job, name):
-    note = job / 'root/reports/cut_kinetics_options.json'
-    noted = json.loads(note.read_text())
-    assert noted['av'] == av.__version__
-    note.write_text(json.dumps(noted | {name: 'other'}))
-    assert f'were made with {name}=other, not ' in errors(cut(job, code=1))
+    record = job / 'root/reports/cut_kinetics_options.json'
+    options = json.loads(record.read_text())
+    assert options['av'] == av.__version__
+    record.write_text(json.dumps(options | {name: 'other'}))
+    assert f'were made with {name} other; give' in errors(cut(job, code=1))
+
+
+@pytest.mark.parametrize(
+    'name,value',
+    [
+        ('FPS', 25),
+        ('CONTEXT_S', 1),
+        ('ENCODER', {}),
+        ('SMALL', {}),
+        ('LARGE', {}),
+        ('LARGE_SIDE', 9),
+    ],
+)
+def test_what_shapes_the_clips_is_recorded(job, name, value, monkeypatch):
+    monkeypatch.setattr(cut_kinetics, name, value)
+    assert 'clips in ' in errors(cut(job, code=1)) and 'were made with' in errors(cut(job, code=1))
+
+
+def test_an_option_that_an_older_record_lacks_had_todays_default(job):
+    record = job / 'root/reports/cut_kinetics_options.json'
+    today = record.read_bytes()
+    record.write_text(json.dumps(dict(short_side=None, av=av.__version__, clip_format=3)))
+    assert ': 0 new, 2 existing' in cut(job).stdout and record.read_bytes() == today
 
 
 def test_clips_of_another_program_are_not_taken_as_ours(job):
     (job / 'root/reports/cut_kinetics_options.json').unlink()
-    assert 'made with unknown options (there is no ' in errors(cut(job, code=1))
+    assert 'were not made by this script (there is no ' in errors(cut(job, code=1))
 
 
 def test_a_wrong_working_directory_leaves_nothing_behind(job, tmp_path):
@@ -111,7 +138,7 @@ def test_a_wrong_working_directory_leaves_nothing_behind(job, tmp_path):
         env={**os.environ, 'MMACTION2': 'data'},
         code=1,
     )
-    assert 'do Step 2' in errors(done)
+    assert 'run Step 2' in errors(done)
     run(
         'cut_kinetics.py',
         f'--avakinetics_anotation={job}/ava_kinetics_v1_0',
@@ -155,20 +182,43 @@ def extract(folder, *options):
 
 
 def test_frames_older_than_their_clip_are_extracted_again(job):
-    assert '(2 extracted now, 0 there already)' in extract(job).stdout
+    assert ': 2 new, 0 existing' in extract(job).stdout
+    age(job)
     numbered_source(job / 'kinetics700/videos/aaaaaaaaaaa_000100_000110.mp4', dict(first=1000))
     cut(job)
-    assert '(1 extracted now, 1 there already)' in extract(job).stdout
+    assert ': 1 new, 1 existing' in extract(job).stdout
     assert draw.read_stamp(cv2.imread(str(job / f'root/rawframes/{CLIP}/img_00001.jpg'))) == 1090
     before = snapshot(job)
-    assert '(0 extracted now, 2 there already)' in extract(job).stdout and snapshot(job) == before
+    assert ': 0 new, 2 existing' in extract(job).stdout and snapshot(job) == before
 
 
 def test_a_folder_with_an_empty_frame_is_not_complete(job):
     extract(job)
     before = snapshot(job)
     (job / f'root/rawframes/{CLIP}/img_00077.jpg').write_bytes(b'')
-    assert '(1 extracted now, 1 there already)' in extract(job).stdout and snapshot(job) == before
+    assert ': 1 new, 1 existing' in extract(job).stdout and snapshot(job) == before
+
+
+@pytest.mark.parametrize('change', ['empty', 'too many'])
+def test_no_step_takes_a_folder_with_an_empty_frame_or_too_many(job, change):
+    """As frames of 30 a second are, once FPS is 25."""
+    extract(job)
+    folder = job / f'root/rawframes/{CLIP}'
+    keyframe = folder / 'img_00061.jpg'
+    right = snapshot(folder)
+    if change == 'empty':
+        (folder / 'img_00077.jpg').write_bytes(b'')
+        reason = 'frames missing or empty: 1 of 120, first img_00077.jpg'
+    else:
+        shutil.copy(keyframe, folder / 'img_00121.jpg')
+        reason = 'too many frames: 121, not 120'
+        assert fetch_proposal.find_file(job / 'root', CLIP, 105)[0] == f'videos/{CLIP}.mp4'
+    assert 'clips: 1 with raw frames, 1 as videos' in prepare(job).stdout
+    assert softlink_ava.check_clip(CLIP, True, job / 'root').reason == reason
+    assert ': 1 new, 1 existing' in extract(job).stdout and snapshot(folder) == right
+    assert (
+        fetch_proposal.find_file(job / 'root', CLIP, 105)[0] == f'rawframes/{CLIP}/{keyframe.name}'
+    )
 
 
 def test_step_5_takes_each_clip_as_it_is(job):
@@ -178,18 +228,15 @@ def test_step_5_takes_each_clip_as_it_is(job):
     extract(job)
     shutil.rmtree(job / 'root/rawframes/bbbbbbbbbbb_000103_000107')
     done = prepare(job)
-    assert (
-        '2 of 2 annotated keyframes, on 2 clips, 1 by their raw frames, 1 by their videos'
-        in done.stdout
-    )
-    assert 'training reads either frames or videos of Kinetics' in done.stdout
+    assert 'for 2 of 2 annotated keyframes; clips: 1 with raw frames, 1 as videos' in done.stdout
+    assert 'training reads either all clips as frames or all as videos' in done.stdout
     (job / f'root/rawframes/{CLIP}/img_00077.jpg').unlink()
     done = prepare(job)
-    assert '0 by their raw frames, 2 by their videos' in done.stdout and 'either' not in done.stdout
+    assert '0 with raw frames, 2 as videos' in done.stdout and 'either' not in done.stdout
     (job / f'root/videos/{CLIP}.mp4').unlink()
     prepare(job)
     assert report(job, 'prepare_annotation_train') == [
-        ['aaaaaaaaaaa', '105', f'frames missing: 1 of 120, first img_00077.jpg in {CLIP}']
+        ['aaaaaaaaaaa', '105', f'frames missing or empty: 1 of 120, first img_00077.jpg in {CLIP}']
     ]
 
 
@@ -200,7 +247,11 @@ def test_frames_of_another_run_of_step_3_are_no_frames(job):
         os.utime(job / f'root/videos/{name}')
         for frame in (job / f'root/rawframes/{name[:-4]}').iterdir():
             os.utime(frame, (0, 0))
-    assert '0 by their raw frames, 2 by their videos' in prepare(job).stdout
+    said = prepare(job).stdout
+    assert '0 with raw frames, 2 as videos' in said
+    assert '  clips whose raw frames are older than the clip, as after cp -r: 2; training' in said
+    command = f'python3 extract_rgb_frames.py --avakinetics_root={job}/root'
+    assert f'run Step 4, then this step again: {command}\n' in said
     files = {fetch_proposal.find_file(job / 'root', CLIP, 105)[0]}
     assert files == {f'videos/{CLIP}.mp4'}
     (job / f'root/videos/{CLIP}.mp4').write_bytes(b'broken')
@@ -229,10 +280,7 @@ def test_a_validation_split_without_frames_beside_a_training_split_with_them(job
         f'--avakinetics_root={job}/root',
         '--split=val',
     )
-    assert (
-        '1 of 1 annotated keyframes, on 1 clips, 0 by their raw frames, 1 by their videos'
-        in done.stdout
-    )
+    assert 'for 1 of 1 annotated keyframes; clips: 0 with raw frames, 1 as videos' in done.stdout
 
 
 def test_what_another_user_left_unfinished_is_no_obstacle(job):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import draw
+import extract_rgb_frames
 from helpers import errors, here, numbered_source, read_csv, snapshot
 
 
@@ -28,7 +29,7 @@ def root(tmp_path):
 
 def test_frames_are_the_clips(root):
     done = here('extract_rgb_frames.py', f'--avakinetics_root={root}', '--num_workers=2')
-    assert '2 of 2 clips' in done.stdout and '2 extracted now' in done.stdout
+    assert '2 new, 0 existing, 0 failed' in done.stdout
     for clip in '-a_b-c_d-e__000010_000012', 'Zz_00-AbCdE_000000_000002':
         frames = root / 'rawframes' / clip
         assert sorted(path.name for path in frames.iterdir()) == [
@@ -38,6 +39,14 @@ def test_frames_are_the_clips(root):
             draw.read_stamp(cv2.imread(str(frames / f'img_{n:05d}.jpg'))) for n in range(1, 61)
         ] == list(range(60))
     assert read_csv(root / 'reports/extract_rgb_frames.csv') == [['clip', 'reason']]
+
+
+def test_levels_of_video_become_those_of_jpeg():
+    """Black, white and no colour stay so, each level in between the nearest one."""
+    luma, *chroma = extract_rgb_frames.full_range()
+    assert [luma[level] for level in (0, 16, 126, 235, 255)] == [0, 0, 128, 255, 255]
+    for table in chroma:
+        assert [table[level] for level in (0, 16, 128, 240, 255)] == [0, 0, 128, 255, 255]
 
 
 def test_quality_is_that_of_q2(root, tmp_path):
@@ -66,16 +75,10 @@ def test_quality_is_that_of_q2(root, tmp_path):
 def test_second_run_changes_nothing_and_incomplete_folders_are_redone(root):
     here('extract_rgb_frames.py', f'--avakinetics_root={root}')
     before = snapshot(root)
-    assert (
-        '0 extracted now, 2 there already'
-        in here('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout
-    )
+    assert '0 new, 2 existing' in here('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout
     assert snapshot(root) == before
     (root / 'rawframes/-a_b-c_d-e__000010_000012/img_00031.jpg').unlink()
-    assert (
-        '1 extracted now, 1 there already'
-        in here('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout
-    )
+    assert '1 new, 1 existing' in here('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout
     assert snapshot(root) == before
 
 
@@ -84,11 +87,11 @@ def test_bad_clips_cost_themselves_only(root):
     (root / 'videos/EMPTY-EMPTY_000000_000002.mp4').touch()
     (root / 'videos/notes.txt').write_text('mine')
     done = here('extract_rgb_frames.py', f'--avakinetics_root={root}')
-    assert '2 of 4 clips' in done.stdout
+    assert '2 new, 0 existing, 2 failed' in done.stdout
     rows = dict(read_csv(root / 'reports/extract_rgb_frames.csv'))
     assert (
         rows['SHORT-SHORT_000000_000003']
-        == 'wrong number of frames: 60, not 90; remove it, repeat Step 3'
+        == 'wrong number of frames: 60, not 90; remove it, run Step 3 again'
     )
     assert rows['EMPTY-EMPTY_000000_000002'].startswith('unreadable clip: ')
     assert len(rows) == 3
@@ -96,11 +99,11 @@ def test_bad_clips_cost_themselves_only(root):
 
 
 def test_errors_say_what_to_do(tmp_path):
-    assert 'do Step 3' in errors(
+    assert 'run Step 3' in errors(
         here('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/none', code=1)
     )
     (tmp_path / 'bare/videos').mkdir(parents=True)
-    assert 'do Step 3' in errors(
+    assert 'run Step 3' in errors(
         here('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1)
     )
     (tmp_path / 'bare/videos/EMPTY-EMPTY_000000_000002.mp4').touch()

@@ -34,8 +34,8 @@ def test_rows_are_mmaction2s_in_the_order_of_the_annotations(world):
         'aaaaaaaaaaa_000100_000104,102,0.110,0.200,0.500,0.900,13,-1\n'
         '-b_b_b_b_b__000003_000007,5,0.000,0.200,0.988,1.000,80,-1\n'
     )
-    assert '4 rows' in done.stdout and '2 of 2 annotated keyframes, on 2 clips' in done.stdout
-    assert '1 keyframes without people' in done.stdout and not reasons(world)
+    assert 'kinetics_train.csv: 4, for 2 of 2 annotated keyframes; clips: 2 with' in done.stdout
+    assert 'keyframes without people, nothing to prepare: 1' in done.stdout and not reasons(world)
 
 
 def test_the_most_centred_whole_clip_is_taken(world):
@@ -60,14 +60,24 @@ def test_the_most_centred_whole_clip_is_taken(world):
         (
             'aaaaaaaaaaa',
             '101',
-        ): 'frames missing: 1 of 300, first img_00300.jpg in aaaaaaaaaaa_000100_000110'
+        ): 'frames missing or empty: 1 of 300, first img_00300.jpg in aaaaaaaaaaa_000100_000110'
     }
+
+
+@pytest.mark.parametrize('second,start', [(104, 100), (106, 103), (109, 103), (101, 100)])
+def test_of_two_clips_the_one_in_whose_middle_a_keyframe_lies_is_taken(world, second, start):
+    for first in 100, 103:
+        fake_frames(world / 'root/rawframes', f'aaaaaaaaaaa_{first:06d}_{first + 8:06d}')
+    annotate(world, annotation_rows('aaaaaaaaaaa', second))
+    prepare(world)
+    ((clip, *_),) = read_csv(world / 'root/kinetics_train.csv')
+    assert clip == f'aaaaaaaaaaa_{start:06d}_{start + 8:06d}'
 
 
 def test_other_programs_frames_and_ava_links_do_no_harm(world):
     frames = world / 'root/rawframes'
     fake_frames(frames, 'aaaaaaaaaaa_000103_000107')
-    for name in 'img_00000.jpg', 'img_00121.jpg', 'flow_x_00001.jpg':
+    for name in 'flow_x_00001.jpg', 'flow_y_00001.jpg':
         (frames / 'aaaaaaaaaaa_000103_000107' / name).touch()
     (world / 'ava/-5KQ66BBWC4').mkdir(parents=True)
     (frames / '-5KQ66BBWC4').symlink_to(world / 'ava/-5KQ66BBWC4')
@@ -133,9 +143,9 @@ def test_second_run_changes_nothing(world):
 
 
 def test_errors_say_what_to_do(world):
-    assert 'do Step 2' in errors(prepare(world, code=1))
+    assert 'run Step 2' in errors(prepare(world, code=1))
     annotate(world, annotation_rows('aaaaaaaaaaa', 105))
-    assert 'do Step 3' in errors(prepare(world, code=1))
+    assert 'run Step 3' in errors(prepare(world, code=1))
     (world / 'root/rawframes').mkdir()
     assert 'holds no clip of the 1 annotated videos' in errors(prepare(world, code=1))
     fake_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107', 119)
