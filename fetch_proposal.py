@@ -75,6 +75,14 @@ LOADERS = 4  # threads that load frames, in each process
 # times those of TF32, float16 and bfloat16
 FIRST_FRAMES = 3
 CLEAR_SCORE, MAX_BOX_SHIFT, MAX_SCORE_SHIFT = 0.6, 0.05, 0.1
+# What MMAction2 keeps of a keyframe's proposals, its person_det_score_thr, and the best one if none
+# scores as much
+KEPT_SCORE = 0.9
+LOOSE, STRICT = 0.5, 0.75  # IoU above which a proposal matches an annotated box
+# columns of the report on recall: matched boxes by all proposals, then by those kept
+RECALL = ['clip', 'second', 'boxes', 'proposals']
+RECALL += ['matched_0.5', 'matched_0.75', 'kept_0.5', 'kept_0.75', 'worst_iou']
+LOW_RECALL, MANY_EMPTY = 0.8, 0.2  # where Step 6 warns; AVA's own recall is 93.9 %
 NOTED = 'key', 'file', 'size', 'people'  # in a frame's line of the file of detections
 FRACTION = r'(-?\d*\.?\d+)'
 # clip, second, box, action, entity
@@ -83,6 +91,7 @@ ROW = re.compile(
 )
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 AHEAD = 500  # items that a cluster is given at once
+GIVEN_UP = 'given up: the workers of the cluster that had it were killed'
 
 
 class DetectorError(Exception):
@@ -220,6 +229,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    os.getcwd()  # raises OSError where it was deleted, where torch would crash
     args = build_parser().parse_args(argv)
     if args.neighbors < 0 or (args.num_gpus or 0) < 0:
         sys.exit('error: --neighbors and --num_gpus must be 0 or more')
@@ -236,11 +246,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.picklepath = (args.picklepath or root / f'kinetics{part}_proposal.pkl').absolute()
     args.config = args.config.absolute()
     for path, wanted in (
-        (args.datalist, 'do Step 5 (prepare_annotation.py) or set --datalist to its csv'),
+        (args.datalist, 'run Step 5 (prepare_annotation.py) or set --datalist to its csv'),
         (args.config, 'set --config to an mmdetection config'),
     ):
         if not path.is_file():
             sys.exit(f'error: {path} is not a file; {wanted}')
+    other = dict(train='kinetics_val_proposal.pkl', val='kinetics_proposal.pkl').get(args.name)
+    if other and args.picklepath == root / other:
+        sys.exit(
+            f'error: {args.picklepath} is of the other split; set --picklepath to another file'
+        )
     if args.picklepath.is_dir() or args.picklepath == args.datalist:
         sys.exit(f'error: {args.picklepath} is a folder or the list; set --picklepath to a pickle')
     return args
@@ -255,11 +270,11 @@ def read_datalist(path: Path) -> dict[tuple[str, int], set]:
     for number, line in enumerate(path.read_text(errors='replace').splitlines(), 1):
         row = ROW.fullmatch(line)
         if not row:
-            sys.exit(f'error: line {number} of {path} is none that Step 5 writes; repeat Step 5')
+            sys.exit(f'error: line {number} of {path} was not written by Step 5; run Step 5 again')
         clip, second, *box = row.groups()
         keyframes[clip, int(second)].add(tuple(map(float, box)))
     if not keyframes:
-        sys.exit(f'error: {path} is empty; repeat Step 5')
+        sys.exit(f'error: {path} is empty; run Step 5 again')
     return keyframes
 
 
@@ -271,11 +286,15 @@ def key_of(clip: str, second: int) -> str:
 def find_file(root: Path, clip: str, second: int) -> tuple[str, int]:
     """The file below ROOT that a frame is read from, and its size in bytes.
 
-    A raw frame or, if that is missing or older, the clip. By whole seconds, as tar keeps them.
+    A raw frame or, if that is missing or older, the clip; the clip, too, where its folder has more
+    frames than its name says. By whole seconds, as tar keeps times.
     """
-    image = f'rawframes/{clip}/img_{(second - int(clip[-13:-7])) * FPS + 1:05d}.jpg'
-    found = [(0, image, 0)]
-    for file in image, f'videos/{clip}.mp4':
+    image, extra = (
+        f'rawframes/{clip}/img_{(moment - int(clip[-13:-7])) * FPS + 1:05d}.jpg'
+        for moment in (second, int(clip[-6:]))
+    )
+    found, files = [(0, image, 0)], [f'videos/{clip}.mp4']
+    for file in files if os.path.exists(root / extra) else [image, *files]:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             state = os.stat(root / file)
             found.append((int(state.st_mtime), file, state.st_size))
@@ -387,8 +406,6 @@ def use_torchvision_operators() -> None:
 
 def load_config(path: Path, custom_imports: bool):
     """The detector's config; its own imports, which take seconds, may be left out."""
-    # mmengine 0.10.7 and mmdet 3.3.0 still import pkg_resources
-    warnings.filterwarnings('ignore', message='pkg_resources')
     from mmengine.config import Config
 
     try:
@@ -595,6 +612,7 @@ def connect(address: str) -> tuple[Client, type]:
     logging.disable()  # Dask would log tracebacks of errors that are reported in one line
     try:
         client = Client(address, timeout=10)
+        tqdm.write(f'waiting for the workers of {address}', sys.stderr)
         client.wait_for_workers(1, timeout=30)
         client.upload_file(__file__)
     except (OSError, ValueError) as error:
@@ -605,13 +623,13 @@ def connect(address: str) -> tuple[Client, type]:
 def run_all(
     function: Callable, items: Iterable[tuple], args: argparse.Namespace
 ) -> Iterator[tuple]:
-    """Yield (item, answer, None) in any order, or (item, None, reason) if its workers died.
+    """Yield (item, answer) in any order; the answer is GIVEN_UP where an item's workers died.
 
     Items are taken as workers get free.
     """
     workers = args.num_workers if args.num_workers > 0 else cpu_count()
     if workers == 1 and not args.dask_scheduler:  # in this process, where a debugger reaches it
-        yield from ((item, function(*item), None) for item in items)
+        yield from ((item, function(*item)) for item in items)
         return
     if args.dask_scheduler:
         client, killed = connect(args.dask_scheduler)
@@ -629,9 +647,9 @@ def run_all(
             for future in wait(todo, return_when=FIRST_COMPLETED).done:
                 item = todo.pop(future)
                 try:
-                    yield item, future.result(), None
+                    yield item, future.result()
                 except killed:
-                    yield item, None, 'given up: the workers of the cluster that had it were killed'
+                    yield item, GIVEN_UP
     except BrokenProcessPool:
         sys.exit(
             'error: a worker process was killed, as it happens when memory runs out; run the same '
@@ -692,37 +710,61 @@ def write_csv(path: Path, rows: list[tuple]) -> None:
     write(path, table.getvalue().encode('utf-8', 'backslashreplace'))
 
 
-def report_recall(path: Path, keyframes: dict[tuple, set], proposals: dict) -> None:
-    """List how well the proposals match the annotated boxes of each keyframe, the worst first."""
+def best_overlaps(boxes: set, people: np.ndarray) -> np.ndarray:
+    """Return the IoU of each annotated box with the proposal that matches it best, or 0."""
     import torch
     from torchvision.ops import box_iou
 
-    rows, overlaps = [], []
+    annotated = torch.tensor(sorted(boxes), dtype=torch.float64)
+    overlaps = box_iou(annotated, torch.from_numpy(people[:, :4])).numpy()
+    return overlaps.max(axis=1, initial=0)
+
+
+def report_recall(path: Path, keyframes: dict[tuple, set], proposals: dict) -> str | None:
+    """List how well the proposals match the annotated boxes of each keyframe, the worst first.
+
+    Returns the warning that is printed where they hardly match.
+    """
+    rows = []
     for (clip, second), boxes in keyframes.items():
         people = proposals.get(key_of(clip, second), np.empty((0, 5)))
-        annotated = torch.tensor(sorted(boxes), dtype=torch.float64)
-        found = box_iou(annotated, torch.from_numpy(people[:, :4])).tolist()
-        best = [max(overlap, default=0) for overlap in found]
-        overlaps += best
-        met = sum(overlap >= 0.5 for overlap in best)
-        rows.append((clip, second, len(boxes), met, len(people), f'{min(best):.3f}'))
+        kept = people[people[:, 4] >= min(KEPT_SCORE, people[:, 4].max(initial=0))]
+        overlaps = [best_overlaps(boxes, some) for some in (people, kept)]
+        matched = [(best >= least).sum() for best in overlaps for least in (LOOSE, STRICT)]
+        worst = f'{overlaps[0].min():.3f}'
+        rows.append((clip, second, len(boxes), len(people), *matched, worst))
     rows.sort(key=lambda row: (row[-1], row))
-    write_csv(path, [('clip', 'second', 'boxes', 'met', 'proposals', 'worst_iou'), *rows])
-    if not overlaps:
-        return
-    recall, strict = (np.mean(np.array(overlaps) >= least) for least in (0.5, 0.75))
+    write_csv(path, [RECALL, *rows])
+    if not rows:
+        return None
+    boxes, _, *matched = np.sum([row[2:-1] for row in rows], axis=0)
+    recall, strict, kept, kept_strict = (count / boxes for count in matched)
     print(
-        f'  recall: proposals match {recall:.1%} of {len(overlaps)} annotated boxes at IoU 0.5, '
-        f'{strict:.1%} at 0.75; worst keyframes first: {path}'
+        f'  recall of {boxes:,} annotated boxes:{"IoU 0.5":>12}{"0.75":>9}\n'
+        f'    all proposals{recall:26.1%}{strict:9.1%}\n'
+        f'    those that MMAction2 keeps{kept:13.1%}{kept_strict:9.1%}\n'
+        f'    worst keyframes first: {path}'
     )
+    empty = np.mean([row[3] == 0 for row in rows])
+    if recall >= LOW_RECALL and empty <= MANY_EMPTY:
+        return None
+    warning = (
+        f'warning: proposals match {recall:.1%} of the annotated boxes, and {empty:.1%} of the '
+        'keyframes have none; usual causes: --score_thr is too high, the checkpoint is the wrong '
+        'one, or the frames are those of other videos'
+    )
+    print(f'  {warning}')
+    return warning
 
 
 def digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def detect_all(frames: list[Frame], args: argparse.Namespace, checkpoint: Path) -> Iterator[tuple]:
-    """Yield what `detect` does for all frames: on the cluster, on the GPUs or on the CPU."""
+def detect_all(
+    frames: list[Frame], args: argparse.Namespace, checkpoint: Path
+) -> Iterator[list[tuple[str, np.ndarray | str]]]:
+    """Yield what `detect` returns for each chunk: from the cluster, the GPUs or the CPU."""
     gpus = None
     if not args.dask_scheduler:
         import torch
@@ -730,9 +772,9 @@ def detect_all(frames: list[Frame], args: argparse.Namespace, checkpoint: Path) 
         visible = torch.cuda.device_count()
         gpus = visible if args.num_gpus is None else args.num_gpus
         if gpus > visible:
-            sys.exit(f'error: {visible} GPUs are visible to PyTorch, not {gpus}; check its build')
+            sys.exit(f'error: GPUs visible to PyTorch: {visible}, not {gpus}; check its build')
         if args.num_gpus is None and not gpus:
-            print('no GPU is visible to PyTorch: the CPU is used')
+            tqdm.write('no GPU is visible to PyTorch: the CPU is used')
     args.num_workers = gpus or 1
     options = Options(
         args.avakinetics_root,
@@ -747,8 +789,8 @@ def detect_all(frames: list[Frame], args: argparse.Namespace, checkpoint: Path) 
     size = CPU_CHUNK if gpus == 0 else CHUNK
     chunks = [(frames[first : first + size], options) for first in range(0, len(frames), size)]
     with contextlib.closing(run_all(detect, chunks, args)) as answers:
-        for (chunk, _), found, failure in answers:
-            yield from found or [(frame.key, failure) for frame in chunk]
+        for (chunk, _), found in answers:
+            yield [(frame.key, found) for frame in chunk] if found == GIVEN_UP else found
 
 
 def detect_missing(
@@ -763,28 +805,32 @@ def detect_missing(
     known = read_detections(notes, identity, args.score_thr) if notes.exists() else {}
     people = {key: known[frame.state] for key, frame in frames.items() if frame.state in known}
     left, unreadable = [frame for key, frame in frames.items() if key not in people], {}
-    print(f'{len(left)} frames to detect, {len(people)} detected before')
+    print(f'frames to detect: {len(left):,}, detected before: {len(people):,}', flush=True)
     if not left:
         return people, unreadable
     notes.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(notes, 'a', encoding='utf-8', buffering=1) as file,  # a line at once
-        tqdm(total=len(left), desc='detect') as bar,
+        tqdm(desc='detect', total=len(left), unit='frame', smoothing=0, leave=False) as bar,
     ):
         start = json.dumps(dict(detector=identity, score_thr=args.score_thr))
         file.write(f'\n{start}\n')  # on a line of its own after a torn one
-        for key, found in detect_all(left, args, checkpoint):
-            bar.update()
-            if isinstance(found, str):
-                unreadable[key] = found
-            else:
-                people[key], noted = found, (*frames[key].state, found.tolist())
-                file.write(json.dumps(dict(zip(NOTED, noted))) + '\n')
+        for chunk in detect_all(left, args, checkpoint):
+            if not bar.n:  # the clock starts once the detector runs
+                bar.reset()
+                bar.initial = len(chunk)
+            bar.update(len(chunk))
+            for key, found in chunk:
+                if isinstance(found, str):
+                    unreadable[key] = found
+                else:
+                    people[key], noted = found, (*frames[key].state, found.tolist())
+                    file.write(json.dumps(dict(zip(NOTED, noted))) + '\n')
     return people, unreadable
 
 
 def write_proposals(people: dict[str, np.ndarray], listed: str, args: argparse.Namespace) -> dict:
-    """Write the pickle, with the digest of the list, and how it was made; returns the proposals."""
+    """Write the pickle, with the digest of the list; returns the proposals."""
     proposals = {
         key: kept
         for key, found in sorted(people.items())
@@ -795,10 +841,15 @@ def write_proposals(people: dict[str, np.ndarray], listed: str, args: argparse.N
     # a trailer, which unpicklers ignore: Step 7 refuses a pickle of another list
     content.write(f'\nmade of {listed}\n'.encode())
     write(args.picklepath, content.getvalue())
+    return proposals
+
+
+def record(warning: str | None, unreadable: list[Frame], args: argparse.Namespace) -> None:
+    """Write how the proposals were made and, for Step 7b, the files that cannot be read."""
     used = {name: getattr(args, name) for name in ('checkpoint', 'score_thr', 'neighbors', 'amp')}
     used |= {name: version(name) for name in ('torch', 'mmdet')} | dict(config=args.config.name)
+    used |= dict(warning=warning, unreadable={frame.file: frame.size for frame in unreadable})
     write(args.reports / f'fetch_proposal_{args.name}.json', json.dumps(used).encode())
-    return proposals
 
 
 def fetch(args: argparse.Namespace) -> None:
@@ -816,25 +867,34 @@ def fetch(args: argparse.Namespace) -> None:
     proposals = write_proposals(people, listed, args)
 
     count = sum(map(len, proposals.values()))
-    print(f'{count} people on {len(proposals)} of {len(frames)} frames in {args.picklepath}')
+    print(
+        f'people in {args.picklepath}: {count:,}, on {len(proposals):,} of {len(frames):,} frames'
+    )
     seen = {name: boxes for name, boxes in keyframes.items() if key_of(*name) in people}
-    report_recall(args.reports / f'recall_{args.name}.csv', seen, proposals)
+    warning = report_recall(args.reports / f'recall_{args.name}.csv', seen, proposals)
+    record(warning, [frames[key] for key in unreadable if 'unreadable' in unreadable[key]], args)
     bare = sum(key_of(*keyframe) not in proposals for keyframe in keyframes)
     print(
-        f'  {bare} of {len(keyframes)} annotated keyframes have no proposal: MMAction2 takes '
-        'the whole frame there'
+        f'  annotated keyframes without a proposal: {bare:,} of {len(keyframes):,}; MMAction2 '
+        'takes the whole frame there'
     )
     for reason, count in Counter(row[2].split(':')[0] for row in rows).items():
-        print(f'  {count} left out: {reason}')
+        print(f'  {count:,} left out: {reason}')
     if rows:
         print(f'  report: {report}')
 
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+    sys.stderr = sys.stderr or open(os.devnull, 'w')  # None where it is closed
     os.environ['MPLBACKEND'] = 'agg'  # a notebook's may not be in this environment
+    os.environ['PYTHONWARNINGS'] = 'ignore'  # of libraries to their callers, here and in workers
+    warnings.simplefilter('ignore')
     try:
         fetch(parse_args(argv))
+        print(end='', flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os._exit(141)
     except DetectorError as error:
         sys.exit(f'error: {error}')
     except OSError as error:  # a full disk, missing permissions
@@ -844,5 +904,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-if __name__ == '__main__':
-    importlib.import_module(Path(__file__).stem).main()  # under the name by which workers import it
+if __name__ == '__main__':  # under the name by which workers import it
+    sys.path.insert(0, os.path.dirname(__file__))  # python -P leaves it out
+    importlib.import_module(Path(__file__).stem).main()

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import sys
 import threading
@@ -46,7 +47,7 @@ from helpers import (
 )
 
 FRAMES = 'kinetics_proposal.pkl.frames.jsonl'
-NOTHING = '0 frames to detect, '
+NOTHING = 'frames to detect: 0, '
 
 
 def fetch(root, *options, **kwargs):
@@ -83,7 +84,7 @@ def test_keys_are_the_keyframes_and_their_neighbours(fetched):
     assert proposals.keys() == {
         f'scene-{scene:05d},{second:04d}' for scene in range(SCENES) for second in (11, 12, 13)
     }
-    assert '120 of 120 frames' in said and '0 of 40 annotated keyframes have no proposal' in said
+    assert '120 of 120 frames' in said and 'keyframes without a proposal: 0 of 40' in said
     for boxes in proposals.values():
         assert boxes.dtype == np.float64 and boxes.shape[1] == 5
         assert boxes.min() >= 0 and boxes.max() <= 1 and (boxes[:, 4] > 0.7).all()
@@ -130,7 +131,7 @@ def brute_force_recall(rows: list[str], proposals: dict, least: float) -> tuple[
 
 def test_recall_is_that_of_a_loop_over_pairs(fetched, tmp_path, capsys):
     """On detections of the tiny detector, a third of which are moved until they match their people
-    no more, or less well.
+    no more, or less well; of all, and of those that MMAction2 keeps.
     """
     root, _ = fetched
     rows = (root / 'kinetics_train.csv').read_text().splitlines()
@@ -139,23 +140,114 @@ def test_recall_is_that_of_a_loop_over_pairs(fetched, tmp_path, capsys):
         key: boxes + [(0, 0.03, 0.5)[index // 3 % 3], 0, (0, 0.03, 0.5)[index // 3 % 3], 0, 0]
         for index, (key, boxes) in enumerate(sorted(whole.items()))
     }
+    unsure = {key: boxes - [0, 0, 0, 0, 0.2] for key, boxes in whole.items()}  # some below 0.9
     keyframes = fetch_proposal.read_datalist(root / 'kinetics_train.csv')
-    for proposals in whole, moved, {}:
+    for proposals in whole, moved, unsure, {}:
         fetch_proposal.report_recall(tmp_path / 'recall.csv', keyframes, proposals)
-        (met, count), (strict, _) = (
-            brute_force_recall(rows, proposals, least) for least in (0.5, 0.75)
-        )
-        assert (
-            f'match {met / count:.1%} of {count} annotated boxes at IoU 0.5, '
-            f'{strict / count:.1%} at 0.75'
-        ) in capsys.readouterr().out
-        listed = read_csv(tmp_path / 'recall.csv')
-        assert listed[0] == ['clip', 'second', 'boxes', 'met', 'proposals', 'worst_iou']
-        assert [float(row[5]) for row in listed[1:]] == sorted(float(row[5]) for row in listed[1:])
-        assert len(listed) == 1 + SCENES
-        assert sum(int(row[2]) for row in listed[1:]) == count
-        assert sum(int(row[3]) for row in listed[1:]) == met
-    assert read_csv(root / 'reports/recall_train.csv')[0] == listed[0]
+        kept = {
+            key: boxes[boxes[:, 4] >= min(0.9, boxes[:, 4].max())]
+            for key, boxes in proposals.items()
+        }
+        right = [
+            brute_force_recall(rows, some, least)[0]
+            for some in (proposals, kept)
+            for least in (0.5, 0.75)
+        ]
+        count = len({tuple(row.split(',')[:6]) for row in rows})
+        said = re.sub(' +', ' ', capsys.readouterr().out)
+        shares = [f'{matched / count:.1%}' for matched in right]
+        assert f' recall of {count} annotated boxes: IoU 0.5 0.75\n all proposals ' in said
+        assert f' all proposals {shares[0]} {shares[1]}\n' in said
+        assert f' those that MMAction2 keeps {shares[2]} {shares[3]}\n' in said
+        header, *listed = read_csv(tmp_path / 'recall.csv')
+        assert header == fetch_proposal.RECALL and len(listed) == SCENES
+        assert [float(row[-1]) for row in listed] == sorted(float(row[-1]) for row in listed)
+        assert [sum(int(row[index]) for row in listed) for index in (2, 4, 5, 6, 7)] == [
+            count,
+            *right,
+        ]
+    assert read_csv(root / 'reports/recall_train.csv')[0] == header
+
+
+@pytest.mark.parametrize(
+    'scores,kept', [([0.89, 0.91], 1), ([0.9, 0.9], 2), ([0.8, 0.89], 1), ([0.95, 0.99], 2)]
+)
+def test_mmaction2_keeps_what_scores_at_least_0_9_or_the_best(tmp_path, scores, kept):
+    """Of two boxes with a proposal each."""
+    boxes = [(0.1, 0.1, 0.4, 0.9), (0.6, 0.1, 0.9, 0.9)]
+    people = np.array([[*box, score] for box, score in zip(boxes, scores)])
+    name, key = ('aaaaaaaaaaa_000010_000014', 12), 'aaaaaaaaaaa,0012'
+    fetch_proposal.report_recall(tmp_path / 'recall.csv', {name: set(boxes)}, {key: people})
+    ((*_, matched, _, matched_kept, _, _),) = read_csv(tmp_path / 'recall.csv')[1:]
+    assert (matched, matched_kept) == ('2', str(kept))
+    assert keeps(people) == kept
+
+
+def keeps(people: np.ndarray) -> int:
+    """How many proposals MMAction2's data set keeps."""
+    from mmaction.datasets import AVAKineticsDataset
+
+    data = object.__new__(AVAKineticsDataset)
+    data.proposals, data.person_det_score_thr = {'aaaaaaaaaaa,0012': people}, 0.9
+    data.num_max_proposals, data.filename_tmpl = 1000, ''
+    ann = dict(gt_bboxes=0, gt_labels=0, entity_ids=0)
+    record = dict(img_key='aaaaaaaaaaa,0012', timestamp_start=0, ann=ann)
+    data.serialize_data, data.data_list = False, [record]
+    data.start_index = data.modality = data.num_classes = data.multi_class = 0
+    data._fully_initialized = True
+    return len(data.get_data_info(0)['proposals'])
+
+
+@pytest.mark.parametrize(
+    'matched,missed,empty,crowd,warned',
+    [(80, 0, 20, 0, False), (79, 1, 20, 0, True), (79, 0, 21, 9, True), (80, 0, 20, 9, False)],
+)
+def test_proposals_that_hardly_match_are_warned_of(
+    tmp_path, capsys, matched, missed, empty, crowd, warned
+):
+    """Fewer than 80 % of the boxes matched, or more than a fifth of the keyframes empty; the first
+    keyframe may have a crowd of boxes more, all matched.
+    """
+    boxes, proposals = {}, {}
+    for index in range(matched + missed + empty):
+        boxes[f'{index:011d}_000010_000014', 12] = {(0.1, 0.1, 0.5, 0.9)}
+        left = 0.1 if index < matched else 0.6
+        if index < matched + missed:
+            proposals[f'{index:011d},0012'] = np.array([[left, 0.1, left + 0.4, 0.9, 0.95]])
+    boxes['00000000000_000010_000014', 12] |= {
+        (0.1, 0.1, 0.5, 0.89 - i / 1000) for i in range(crowd)
+    }
+    warning = fetch_proposal.report_recall(tmp_path / 'recall.csv', boxes, proposals)
+    said = capsys.readouterr().out
+    assert bool(warning) == warned == ('  warning: proposals match' in said)
+    if warned:
+        assert warning in said
+        assert all(cause in warning for cause in ('--score_thr', 'checkpoint', 'other videos'))
+
+
+def test_frames_of_other_videos_are_warned_of(small, tmp_path):
+    root = shutil.copytree(small, tmp_path / 'root')
+    rows = (root / 'kinetics_train.csv').read_text().splitlines()
+    moved = [row.split(',')[:2] + ['0.000', '0.000', '0.050', '0.050', '12', '-1'] for row in rows]
+    (root / 'kinetics_train.csv').write_text(''.join(','.join(row) + '\n' for row in moved))
+    assert '  warning: proposals match 0.0% of the annotated boxes' in fetch(root).stdout
+    record = json.loads((root / 'reports/fetch_proposal_train.json').read_text())
+    assert record['warning'].startswith('warning: proposals match 0.0%')
+    shutil.copy(small / 'kinetics_train.csv', root / 'kinetics_train.csv')
+    assert 'warning' not in fetch(root).stdout
+    record = json.loads((root / 'reports/fetch_proposal_train.json').read_text())
+    assert record['warning'] is None and record['unreadable'] == {}
+
+
+def test_the_other_splits_pickle_is_not_overwritten(small, tmp_path):
+    root = shutil.copytree(small, tmp_path / 'root')
+    shutil.copy(root / 'kinetics_train.csv', root / 'kinetics_val.csv')
+    before = snapshot(root)
+    for name, other in ('val', 'kinetics_proposal'), ('train', 'kinetics_val_proposal'):
+        options = f'--datalist={root}/kinetics_{name}.csv', f'--picklepath={root}/{other}.pkl'
+        message = errors(fetch(root, *options, code=1))
+        assert f'{other}.pkl is of the other split; set --picklepath to another' in message
+    assert snapshot(root) == before
 
 
 @pytest.fixture(scope='module')
@@ -211,15 +303,16 @@ def test_what_a_kill_or_a_disk_has_spoilt_is_detected_again(small, tmp_path):
         '{"key": 3}\n' + lines[15],
     ):
         (root / FRAMES).write_text(''.join(lines[:14]) + spoilt)
-        assert '12 frames to detect, 12 detected before' in fetch(root).stdout
+        assert 'frames to detect: 12, detected before: 12' in fetch(root).stdout
         for key, boxes in load(root / 'kinetics_proposal.pkl').items():
             assert_same_people(boxes, expected[key])
         assert NOTHING in fetch(root).stdout
 
 
-def test_detectors_do_not_mix(small, tmp_path):
+def test_detectors_do_not_mix(tmp_path):
     """Another detector in between, and the first one's detections are still known."""
-    root = shutil.copytree(small, tmp_path / 'root')
+    root = write_root(tmp_path / 'root', range(2))
+    fetch(root)
     before = (root / 'kinetics_proposal.pkl').read_bytes()
     other = torch.load(f'{REPO}/tests/tiny_detector.pth', weights_only=True)
     other['state_dict'] = {
@@ -229,14 +322,12 @@ def test_detectors_do_not_mix(small, tmp_path):
     torch.save(other, tmp_path / 'blind.pth')
     blind = TINY[0], f'--checkpoint={tmp_path}/blind.pth'
     done = here('fetch_proposal.py', f'--avakinetics_root={root}', *blind)
-    assert (
-        '0 people on 0 of 24 frames' in done.stdout and '8 of 8 annotated keyframes' in done.stdout
-    )
+    assert ': 0, on 0 of 6 frames' in done.stdout and 'without a proposal: 2 of 2' in done.stdout
     assert load(root / 'kinetics_proposal.pkl') == {}
     assert NOTHING in fetch(root).stdout
     assert (root / 'kinetics_proposal.pkl').read_bytes() == before
-    assert '24 frames to detect, 0 detected before' in fetch(root, '--amp').stdout
-    assert '24 frames to detect, 0 detected before' in fetch(root, '--score_thr=0.3').stdout
+    assert 'frames to detect: 6, detected before: 0' in fetch(root, '--amp').stdout
+    assert 'frames to detect: 6, detected before: 0' in fetch(root, '--score_thr=0.3').stdout
     assert NOTHING in fetch(root, '--score_thr=0.5').stdout
 
 
@@ -247,10 +338,10 @@ def test_only_what_is_new_is_detected(tmp_path):
     (root / 'kinetics_train.csv').write_text(
         ''.join(line for line in table.splitlines(True) if 'scene-00002' not in line)
     )
-    assert '2 frames to detect, 0 detected before' in fetch(root, '--neighbors=0').stdout
-    assert '4 frames to detect, 2 detected before' in fetch(root).stdout
+    assert 'frames to detect: 2, detected before: 0' in fetch(root, '--neighbors=0').stdout
+    assert 'frames to detect: 4, detected before: 2' in fetch(root).stdout
     (root / 'kinetics_train.csv').write_text(table)
-    assert '3 frames to detect, 6 detected before' in fetch(root).stdout
+    assert 'frames to detect: 3, detected before: 6' in fetch(root).stdout
     whole = load(root / 'kinetics_proposal.pkl')
     (root / 'kinetics_train.csv').write_text(table.splitlines(True)[0])
     assert NOTHING in fetch(root).stdout
@@ -262,7 +353,7 @@ def test_only_what_is_new_is_detected(tmp_path):
     assert load(root / 'kinetics_proposal.pkl').keys() == whole.keys()
     frame = root / 'rawframes/scene-00001_000010_000014/img_00061.jpg'
     shutil.copy(root / 'rawframes/scene-00002_000010_000014/img_00061.jpg', frame)
-    assert '1 frames to detect, 8 detected before' in fetch(root).stdout
+    assert 'frames to detect: 1, detected before: 8' in fetch(root).stdout
     changed = load(root / 'kinetics_proposal.pkl')
     assert {key for key in whole if not np.array_equal(whole[key], changed[key])} == {
         'scene-00001,0012'
@@ -303,10 +394,16 @@ def test_unreadable_frames_cost_themselves_only(small, tmp_path):
     expected = load(small / 'kinetics_proposal.pkl')
     for key, boxes in load(root / 'kinetics_proposal.pkl').items():
         assert_same_people(boxes, expected[key])
+    record = json.loads((root / 'reports/fetch_proposal_train.json').read_text())
+    sizes = [
+        os.path.getsize(frames / f'scene-0000{index}_000010_000014/img_00061.jpg')
+        for index in (1, 2)
+    ]
+    assert list(record['unreadable'].values()) == [0, *sizes]
     before = snapshot(root)
     again = fetch(root).stdout
     assert (
-        '3 frames to detect, 21 detected before' in again
+        'frames to detect: 3, detected before: 21' in again
         and '3 left out: unreadable frame' in again
     )
     (root / FRAMES).unlink()  # the detector's name stands there once more
@@ -384,7 +481,7 @@ def test_the_tiny_detector_is_of_the_documented_kind():
 def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    assert 'do Step 5' in errors(fetch(fetched[0], f'--datalist={tmp_path}/none.csv', code=1))
+    assert 'run Step 5' in errors(fetch(fetched[0], f'--datalist={tmp_path}/none.csv', code=1))
 
     def refusal(*options, root=fetched[0], config=TINY[0]):
         place = f'--avakinetics_root={root}', f'--picklepath={tmp_path}/none.pkl'
@@ -397,7 +494,7 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
     (tmp_path / 'kinetics-700.csv').write_text(
         'label,youtube_id,time_start,time_end,split\nwaving,aaaaaaaaaaa,0,10,val\n'
     )
-    assert 'is none that Step 5 writes' in refusal(f'--datalist={tmp_path}/kinetics-700.csv')
+    assert 'was not written by Step 5' in refusal(f'--datalist={tmp_path}/kinetics-700.csv')
     assert 'set --config' in refusal('--config=none.py')
     (tmp_path / 'broken.py').write_text('model = dict(')
     assert 'is not a valid mmdetection config' in refusal(f'--config={tmp_path}/broken.py')
@@ -467,7 +564,7 @@ def test_frames_that_were_done_before_a_kill_are_not_detected_again(tmp_path):
     for person in kept[0]['people']:
         person[4] = 0.875  # a mark that only a detection which was kept can leave
     (root / FRAMES).write_text('\n'.join([*lines[:2], *map(json.dumps, kept), '{"torn']))
-    assert f'{36 - len(kept)} frames to detect, {len(kept)} detected before' in fetch(root).stdout
+    assert f'frames to detect: {36 - len(kept)}, detected before: {len(kept)}' in fetch(root).stdout
     proposals = load(root / 'kinetics_proposal.pkl')
     assert len(proposals) == 36 and (proposals[kept[0]['key']][:, 4] == 0.875).all()
 
@@ -551,7 +648,7 @@ def test_several_processes_find_what_one_does(fetched, few):
     chunks = [(few[0][first : first + 2], few[1]) for first in range(0, 8, 2)]
     args = argparse.Namespace(num_workers=2, dask_scheduler=None)
     answers = fetch_proposal.run_all(fetch_proposal.detect, chunks, args)
-    found = dict(answer for _, answers, _ in answers for answer in answers)
+    found = dict(answer for _, answers in answers for answer in answers)
     assert_found(found, fetched, few[0])
 
 
@@ -575,9 +672,9 @@ def test_moved_frames_are_known_and_another_config_makes_another_detector(tmp_pa
     root, config = write_root(tmp_path / 'root', range(1)), tmp_path / 'config.py'
     options = [f'--avakinetics_root={root}', f'--config={config}', TINY[1]]
     for text, said in (
-        ('', '3 frames to detect, 0 detected before'),
-        ('', '0 frames to detect, 3 detected before'),
-        ('model = dict(test_cfg=dict(rcnn=dict(max_per_img=50)))', '3 frames to detect'),
+        ('', 'frames to detect: 3, detected before: 0'),
+        ('', 'frames to detect: 0, detected before: 3'),
+        ('model = dict(test_cfg=dict(rcnn=dict(max_per_img=50)))', 'frames to detect: 3'),
     ):
         config.write_text(f"_base_ = '{TINY[0].split('=')[1]}'\n{text}\n")
         assert said in here('fetch_proposal.py', *options).stdout
@@ -605,7 +702,7 @@ def test_a_run_says_where_it_runs(small, tmp_path, monkeypatch):
         said = fetch(small, f'--picklepath={tmp_path}/{number}.pkl', *options).stdout
         assert ('no GPU is visible to PyTorch: the CPU is used' in said) == (not options)
     done = fetch(small, f'--picklepath={tmp_path}/2.pkl', '--num_gpus=2', code=1)
-    assert '0 GPUs are visible to PyTorch, not 2' in errors(done)
+    assert 'GPUs visible to PyTorch: 0, not 2' in errors(done)
 
 
 def test_a_device_that_finds_the_same_people_is_used(fetched, few, device):
