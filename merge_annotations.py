@@ -135,7 +135,7 @@ def check_list(kinetics: Paths) -> None:
     made_of = re.search(rb'\nmade of ([0-9a-f]{64})\n\Z', trailer_of(kinetics.proposals))
     digest = hashlib.sha256(kinetics.rows.read_bytes()).hexdigest()
     if made_of and made_of[1].decode() != digest:
-        reason = f'was made of another list than {kinetics.rows}; repeat Step 6 with this list'
+        reason = f'was made of another list than {kinetics.rows}; run Step 6 again with this list'
         sys.exit(f'error: {kinetics.proposals} {reason}')
 
 
@@ -190,19 +190,18 @@ def merge(kinetics: Paths, ava: Paths, merged: Paths, copy_ava: str) -> None:
     write(merged.proposals, content.getvalue())
 
     print(
-        f'{len(rows) + len(ava_rows)} rows in {merged.rows}: {len(rows)} of Kinetics, '
-        f'{len(ava_rows)} of AVA'
+        f'rows in {merged.rows}: {len(rows) + len(ava_rows):,}, {len(rows):,} of Kinetics, '
+        f'{len(ava_rows):,} of AVA'
     )
     print(
-        f'{len(proposals)} frames with proposals in {merged.proposals}: '
-        f'{len(proposals) - len(ava_proposals)} of Kinetics, {len(ava_proposals)} of AVA'
-        + (f' ({collisions} keys in both)' if collisions else '')
+        f'frames with proposals in {merged.proposals}: {len(proposals):,}, '
+        f'{len(proposals) - len(ava_proposals):,} of Kinetics, {len(ava_proposals):,} of AVA'
+        + (f' (in both: {collisions:,})' if collisions else '')
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-    args = parse_args(argv)
+def merge_split(args: argparse.Namespace) -> None:
+    """Check that the files of a split exist, then merge them."""
     root, split = args.avakinetics_root.absolute(), args.split
     notes = root / 'annotations'
     part = '' if split == 'train' else f'_{split}'
@@ -212,22 +211,35 @@ def main(argv: list[str] | None = None) -> None:
     if split == 'val':
         name = 'ava_kinetics_dense_proposals_val.pkl'
         merged = Paths(notes / 'ava_kinetics_val_v2.2.csv', notes / name)
-    command = f'cp -r {MMACTION2}/data/ava/annotations/ {root}/'
-    copy_ava = f"copy AVA's annotation folder of version 2.2: {command}"
+    copy_ava = f'cp -r {MMACTION2}/data/ava/annotations/ {root}/'
+    copy_ava = f"copy AVA's annotation folder of version 2.2: {copy_ava}"
+    if not ava.rows.exists() and any(notes.glob('ava_*_v2.1*')):
+        download = f'(cd {MMACTION2}/tools/data/ava && VERSION=2.2 bash download_annotations.sh)'
+        copy_ava = (
+            f"{notes} holds version 2.1 of AVA's annotations; get 2.2: {download}; {copy_ava}"
+        )
     hints = [
-        'do Step 5 (prepare_annotation.py) or set --avakinetics_root',
-        'do Step 6 (fetch_proposal.py) first, with its default --picklepath',
+        'run Step 5 (prepare_annotation.py) or set --avakinetics_root',
+        'run Step 6 (fetch_proposal.py) first, with its default --picklepath',
         copy_ava,
         copy_ava,
     ]
+    for path, hint in zip([*kinetics, *ava], hints):
+        if not path.is_file():
+            sys.exit(f'error: {path} not found; {hint}')
+    if notes.is_symlink() and split == 'train':
+        reason = "merging would change AVA's own files; remove the link, then"
+        sys.exit(f'error: {notes} is a link to {notes.resolve()}: {reason} {copy_ava}')
+    merge(kinetics, ava, merged, copy_ava)
+
+
+def main(argv: list[str] | None = None) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
     try:
-        for path, hint in zip([*kinetics, *ava], hints):
-            if not path.is_file():
-                sys.exit(f'error: {path} not found; {hint}')
-        if notes.is_symlink() and split == 'train':
-            reason = "merging would change AVA's own files; remove the link, then"
-            sys.exit(f'error: {notes} is a link to {notes.resolve()}: {reason} {copy_ava}')
-        merge(kinetics, ava, merged, copy_ava)
+        merge_split(parse_args(argv))
+        print(end='', flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os._exit(141)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; fix it, then run the same command again')
     except KeyboardInterrupt:

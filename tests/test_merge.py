@@ -54,9 +54,9 @@ def test_kinetics_rows_come_first_and_ava_wins(root):
     for key, boxes in merged.items():
         assert boxes.dtype == np.float64 and (boxes == AVA.get(key, KINETICS.get(key))).all()
     assert (
-        '3 rows' in done.stdout
+        ': 3, ' in done.stdout
         and '1 of Kinetics, 2 of AVA' in done.stdout
-        and '1 keys in both' in done.stdout
+        and '(in both: 1)' in done.stdout
     )
 
 
@@ -97,7 +97,7 @@ def test_a_video_that_both_parts_hold(root):
     rows = KINETICS_ROWS + '-5KQ66BBWC4_000900_000904,902,0.100,0.200,0.500,0.900,12,-1\n'
     (root / 'kinetics_train.csv').write_text(rows)
     for _ in range(2):
-        assert '1 keys in both' in merge(root).stdout
+        assert '(in both: 1)' in merge(root).stdout
         assert (root / CSV).read_text() == rows + AVA_ROWS
         assert (load(root / PICKLE)['-5KQ66BBWC4,0902'] == AVA['-5KQ66BBWC4,0902']).all()
 
@@ -195,8 +195,8 @@ def test_a_frame_without_boxes_is_left_out(root):
 def test_merge_errors_say_what_to_do(root):
     for path, hint in (
         (CSV, 'cp -r'),
-        ('kinetics_proposal.pkl', 'do Step 6'),
-        ('kinetics_train.csv', 'do Step 5'),
+        ('kinetics_proposal.pkl', 'run Step 6'),
+        ('kinetics_train.csv', 'run Step 5'),
     ):
         content = (root / path).read_bytes()
         (root / path).unlink()
@@ -240,5 +240,7 @@ def test_a_pickle_of_another_list_is_refused(root):
     (root / 'kinetics_train.csv').write_bytes(rows * 2)
     before = snapshot(root)
     message = errors(merge(root, code=1))
-    assert f'another list than {root}/kinetics_train.csv; repeat Step 6 with this list' in message
+    assert (
+        f'another list than {root}/kinetics_train.csv; run Step 6 again with this list' in message
+    )
     assert snapshot(root) == before
