@@ -19,6 +19,7 @@ import csv
 import hashlib
 import html
 import io
+import json
 import os
 import pickle
 import re
@@ -27,7 +28,6 @@ import signal
 import string
 import sys
 from collections import Counter, defaultdict
-from datetime import datetime
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -44,17 +44,40 @@ FPS = 30
 AVA_START_S, AVA_END_S = 900, 1800  # of the movies, whose frames are numbered from there on
 # Frames around a keyframe's, at 30 fps, that the configs of AVA-Kinetics sample: 4x16, 8x8, 16x4
 # and 32x2 with their random offsets. MMAction2 limits them to the range that the name implies
-WINDOWS, BEFORE, BEHIND = '4x16, 8x8, 16x4, 32x2', 40, 30
+BEFORE, BEHIND = 40, 30
+OLD_FRAMES = 'frames older than their clip'
+NO_THREADS = 'no more threads can be started here; raise the limit on processes (ulimit -u)'
 CLIP_NAME = re.compile(r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})')
 BOX = ['x1', 'y1', 'x2', 'y2']
 COLUMNS = dict(clip=str, second=int, **dict.fromkeys(BOX, float), action=int, entity=int)
-RECALL = ['clip', 'second', 'boxes', 'met']  # columns of Step 6's report that are shown
+# columns of the report on recall: matched boxes by all proposals, then by those kept
+RECALL = ['clip', 'second', 'boxes', 'proposals']
+RECALL += ['matched_0.5', 'matched_0.75', 'kept_0.5', 'kept_0.75', 'worst_iou']
 LABELS = 'ava_action_list_v2.2_for_activitynet_2019.pbtxt'
 NEEDED = [LABELS, 'ava_train_excluded_timestamps_v2.2.csv', 'ava_val_excluded_timestamps_v2.2.csv']
 COPY = "copy it from AVA's annotation folder"
-SHOWN = 12  # keyframes of each kind on the page
-WIDTH = 480  # pixels of a keyframe on the page
-GREEN, ORANGE = (60, 220, 60), (0, 140, 255)  # BGR
+SHOWN = dict(Kinetics=9, AVA=3)  # keyframes on the page, evenly chosen
+MISSED = 12  # keyframes whose boxes proposals miss
+WIDTH, QUALITY = 480, 80  # of a keyframe on the page: pixels, and of its JPEG
+# BGR; they differ for colour-blind people, too
+BLACK, BLUE, ORANGE = (0, 0, 0), (233, 180, 86), (0, 159, 230)
+COLOURS = dict(AVA='#999999', Kinetics='#0072B2')  # of the plots
+INSET = 6  # pixels by which proposals are drawn inside their box
+# What Steps 3 and 6 record, as the page names it
+RECORDED = dict(
+    short_side='pixels of the short side',
+    fps='frames a second',
+    context_s='seconds kept around keyframes',
+    av='version of av',
+    config='detector',
+    checkpoint='checkpoint',
+    score_thr='score threshold',
+    neighbors='seconds around keyframes',
+    amp='mixed precision',
+    torch='version of torch',
+    mmdet='version of mmdet',
+)
+WORDS = {'None': 'as the source', 'True': 'yes', 'False': 'no'}
 STEPS = dict(cut_kinetics='Step 3', prepare_annotation='Step 5', fetch_proposal='Step 6')
 # What a pickle of arrays names: ndarray, dtype, and what NumPy calls since protocols 2 and 5
 ARRAY_PARTS = {
@@ -73,13 +96,14 @@ PAGE = string.Template("""<!DOCTYPE html>
 <style>
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 0 auto; padding: 1rem }
-body { overflow-wrap: anywhere }
+h1, p, li, figcaption, td { overflow-wrap: anywhere }
 h1, h2, h3 { line-height: 1.2 } figure { margin: 0 } figcaption { font-size: .85rem }
 img { width: 100%; height: auto; display: block; background: white }
-.grid { display: grid; gap: 1rem }
+.grid { display: grid; gap: 1rem; margin: 1rem 0 }
 .grid { grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
-table { border-collapse: collapse } td, th { padding: .2rem .6rem .2rem 0; text-align: left }
-tr { border-bottom: 1px solid #8886 }
+table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0 }
+td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
+td { font-variant-numeric: tabular-nums; min-width: 3.5rem } tr { border-bottom: 1px solid #8886 }
 </style></head><body>
 <h1>AVA-Kinetics: $verdict</h1><p>$checked</p><ul>$problems</ul>$made$parts</body></html>
 """)
@@ -153,12 +177,12 @@ def link_all(ava: Path, frames: Path) -> None:
     except OSError as error:
         reason = f'({error.strerror}); copy {ava} there instead'
         sys.exit(f'error: no link can be made in {frames} {reason}')
-    there = len(movies) - made
-    print(f'{len(movies)} AVA movies in {frames}: {made} linked now, {there} there already')
+    existing = len(movies) - made
+    print(f'links to AVA movies in {frames}: {made:,} new, {existing:,} existing')
 
 
 def command(script: str, root: Path) -> str:
-    """A command that can be pasted."""
+    """Return a command that can be pasted."""
     path = Path(__file__).resolve().with_name(script)
     return f'python3 {shlex.quote(str(path))} --avakinetics_root={shlex.quote(str(root))}'
 
@@ -169,18 +193,29 @@ def window(second: int) -> range:
     return range(max(1, keyframe - BEFORE), min(last, keyframe + BEHIND) + 1)
 
 
-def lacking_frames(folder: Path, wanted: Iterable[int], since: float) -> str | None:
-    """Which of the wanted frames are missing, empty or older than a time (s)."""
-    try:
-        entries = list(os.scandir(folder))
-        made = {entry.name: entry.stat().st_mtime for entry in entries if entry.stat().st_size}
-    except OSError:
-        made = {}
-    names = [f'img_{index:05d}.jpg' for index in sorted(wanted)]
-    missing = [name for name in names if name not in made]
+def check_frames(folder: Path, numbers: Iterable[int], since: float | None) -> str | None:
+    """Return what is wrong with these raw frames of a folder: missing, empty, older than `since`.
+
+    Where `since` is given, the folder may hold no others.
+    """
+    entries = os.scandir(folder)
+    files = {entry.name: entry.stat() for entry in entries if entry.name.startswith('img_')}
+    names = [f'img_{number:05d}.jpg' for number in numbers]
+    missing = [name for name in names if name not in files or not files[name].st_size]
     if missing:
         return f'frames missing or empty: {len(missing):,} of {len(names):,}, first {missing[0]}'
-    return 'frames older than their clip' if any(made[name] < since for name in names) else None
+    if since is None:
+        return None
+    if len(files) > len(names):
+        return f'too many frames: {len(files):,}, not {len(names):,}'
+    return OLD_FRAMES if any(file.st_mtime < since for file in files.values()) else None
+
+
+def check_folder(folder: Path, numbers: Iterable[int], since: float | None) -> str | None:
+    try:
+        return check_frames(folder, numbers, since)
+    except OSError as error:
+        return f'frames missing or empty: all, {error.strerror}'
 
 
 def check_clip(name: str, raw: bool, root: Path) -> Problem | None:
@@ -188,8 +223,8 @@ def check_clip(name: str, raw: bool, root: Path) -> Problem | None:
     video, total = root / f'videos/{name}.mp4', (int(name[-6:]) - int(name[-13:-7])) * FPS
     if raw:
         since = video.stat().st_mtime if video.exists() else 0
-        reason = lacking_frames(root / 'rawframes' / name, range(1, total + 1), since)
-        remedy = f'repeat Step 4: {command("extract_rgb_frames.py", root)}'
+        reason = check_folder(root / 'rawframes' / name, range(1, total + 1), since)
+        remedy = f'run Step 4 again: {command("extract_rgb_frames.py", root)}'
         return reason and Problem(name, reason, remedy)
     import decord
 
@@ -199,8 +234,23 @@ def check_clip(name: str, raw: bool, root: Path) -> Problem | None:
     except (decord.DECORDError, RuntimeError):
         count = 0
     reason = f'clip missing or broken: {count} of {total} frames'
-    remedy = 'remove it if it is there, then repeat Step 3 (cut_kinetics.py)'
+    remedy = 'remove it if it exists, then run Step 3 again (cut_kinetics.py)'
     return Problem(name, reason, remedy) if count != total else None
+
+
+def read_record(split: str, root: Path) -> tuple[list[Problem], list[str]]:
+    """Return what Step 6 recorded: files that it could not read, if they are still as they were
+    then, and its warning.
+    """
+    path = root / f'reports/fetch_proposal_{split}.json'
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    remedy = f'remove it, then run Steps 3 and 4 again: {command("extract_rgb_frames.py", root)}'
+    unreadable = [
+        Problem(file, 'unreadable frame', remedy)
+        for file, size in recorded.get('unreadable', {}).items()
+        if os.path.isfile(root / file) and os.path.getsize(root / file) == size
+    ]
+    return unreadable, [recorded['warning']] if recorded.get('warning') else []
 
 
 class Unpickler(pickle.Unpickler):
@@ -241,16 +291,21 @@ def check_files(part: Part, root: Path, problems: list[Problem]) -> tuple[pd.Dat
     """The rows and the proposals of a part, after a look at its files."""
     import pandas as pd
 
-    remedy = f'do Step 7a: {command("merge_annotations.py", root)} --split={part.split}'
+    remedy = f'run Step 7a: {command("merge_annotations.py", root)} --split={part.split}'
     remedy = remedy if part.split else COPY
     content = part.proposals.read_bytes() if part.proposals.is_file() else b''
     proposals, own = read_proposals(content), root / f'kinetics_{part.split}.csv'
     pickled = own.with_name(f'kinetics{"_val" if part.split == "val" else ""}_proposal.pkl')
+    rows = own.read_bytes() if own.exists() else b''
     if proposals is None:
         problems.append(Problem(part.proposals.name, 'unreadable proposals', remedy))
     elif part.split and pickled.exists():
-        digest = hashlib.sha256(pickled.read_bytes()).hexdigest()
-        if not content.endswith(f'\nmerged with {digest}\n'.encode()):
+        data, listed = pickled.read_bytes(), hashlib.sha256(rows).hexdigest()
+        if b'\nmade of ' in data[-100:] and listed.encode() not in data[-100:]:
+            fetch = f'{command("fetch_proposal.py", root)} --datalist={shlex.quote(str(own))}'
+            reason = f'made from another list than {own.name}'
+            problems.append(Problem(pickled.name, reason, f'run Step 6: {fetch}; then Step 7a'))
+        elif not content.endswith(f'\nmerged with {hashlib.sha256(data).hexdigest()}\n'.encode()):
             reason = f'other proposals than {pickled.name}'
             problems.append(Problem(part.proposals.name, reason, remedy))
     try:
@@ -259,9 +314,9 @@ def check_files(part: Part, root: Path, problems: list[Problem]) -> tuple[pd.Dat
         reason = f'unreadable annotations: {error}'.splitlines()[0]
         problems.append(Problem(part.rows.name, reason, remedy))
         return pd.DataFrame(columns=list(COLUMNS)), {}
-    rows, merged = own.read_bytes() if own.exists() else b'', part.rows.read_bytes()
+    merged = part.rows.read_bytes()
     if part.split and not rows:
-        problems.append(Problem(own.name, 'no annotations', 'do Step 5 (prepare_annotation.py)'))
+        problems.append(Problem(own.name, 'no annotations', 'run Step 5 (prepare_annotation.py)'))
     elif not merged.startswith(rows) or rows.count(b'\n') != sum(table['clip'].str.len() > 11):
         problems.append(Problem(part.rows.name, f'other Kinetics rows than {own.name}', remedy))
     return table, proposals or {}
@@ -282,17 +337,24 @@ def check_all(tables: list[pd.DataFrame], root: Path) -> dict[str, Problem]:
         for name, found in names.items():
             seconds[name] |= found
 
-    def check_one(name: str) -> Problem | None:
+    def check_one(name: str) -> tuple[str, Problem | None]:
         if CLIP_NAME.fullmatch(name):
-            return check_clip(name, name in raw, root)
+            return name, check_clip(name, name in raw, root)
         wanted = {index for second in seconds[name] for index in window(second)}
-        reason = lacking_frames(root / 'rawframes' / name, wanted, 0)
-        return reason and Problem(f'AVA {name}', reason, "extract AVA's frames again")
+        reason = check_folder(root / 'rawframes' / name, sorted(wanted), None)
+        return name, reason and Problem(f'AVA {name}', reason, "extract AVA's frames again")
 
-    with ThreadPool(16) as threads:  # a slow file server answers them together
-        answers = threads.imap(check_one, seconds, 16)
-        answers = tqdm(answers, 'check', len(seconds), unit='clip', delay=1)
-        return {name: problem for name, problem in zip(seconds, answers) if problem}
+    try:
+        threads = ThreadPool(16)  # a slow file server answers them together
+    except (RuntimeError, AttributeError):  # AttributeError: Python fails to clean up after itself
+        sys.exit(f'error: {NO_THREADS}')
+    with threads, tqdm(desc='check', total=len(seconds), unit='clip', leave=False) as bar:
+        problems = {}
+        for name, problem in threads.imap(check_one, seconds, 16):
+            bar.update()
+            if problem:
+                problems[name] = problem
+    return problems
 
 
 def tell(problems: Iterable[Problem]) -> list[str]:
@@ -326,19 +388,25 @@ def read_keyframe(root: Path, name: str, second: int) -> np.ndarray | None:
 
 
 def draw_keyframe(image: np.ndarray, boxes: list, people: np.ndarray) -> str:
-    """A keyframe as the address of a JPEG: numbered boxes in green, proposals in orange."""
+    """A keyframe as the address of a JPEG: annotated boxes in blue, numbered, proposals in orange,
+    thinner and a little inside, so that both are seen where they coincide.
+    """
     import cv2
 
     size = WIDTH, round(image.shape[0] * WIDTH / image.shape[1])
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    for colour, thickness, found in (ORANGE, 5, people), (GREEN, 2, boxes):
-        for number, box in enumerate(found, 1):
-            x1, y1, x2, y2 = (np.clip(box[:4], 0, 1) * [*size, *size]).astype(int).tolist()
+    for number, box in enumerate([*boxes, *people], 1):
+        x1, y1, x2, y2 = (np.clip(box[:4], 0, 1) * [*size, *size]).astype(int).tolist()
+        if number > len(boxes):
+            inner = (x1 + INSET, y1 + INSET), (x2 - INSET, y2 - INSET)
+            cv2.rectangle(image, *inner, ORANGE, 2)
+            continue
+        place = min(x1 + 8, WIDTH - 24), max(y2 - 10, 16)  # at the feet
+        for colour, thickness in (BLACK, 5), (BLUE, 3):  # outlined, for any background
             cv2.rectangle(image, (x1, y1), (x2, y2), colour, thickness)
-            if colour == GREEN:  # at the feet, inside the picture
-                place = min(x1 + 4, WIDTH - 24), max(y2 - 6, 16)
-                cv2.putText(image, str(number), place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, colour, 2)
-    return data_url(cv2.imencode('.jpg', image)[1].tobytes(), 'jpeg')
+            cv2.putText(image, str(number), place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, colour, thickness)
+    content = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1]
+    return data_url(content.tobytes(), 'jpeg')
 
 
 def draw_sheet(
@@ -360,28 +428,34 @@ def draw_sheet(
 
 
 def draw_plots(boxes: pd.DataFrame, keyframes: pd.DataFrame, table: pd.DataFrame) -> str:
-    """Bars of boxes, people and actions, one series for each source, as HTML."""
+    """Bars of heights, people and actions, by source, as HTML."""
     import matplotlib
     from matplotlib.figure import Figure
     from pandas import crosstab
 
-    heights = ((boxes.y2 - boxes.y1) * 5).astype(int).clip(0, 4) / 5
-    people = keyframes.boxes.clip(upper=6)
+    fifths = ((boxes.y2 - boxes.y1) * 5).astype(int).clip(0, 4)
+    heights = crosstab(fifths, boxes.source).reindex(range(5), fill_value=0)
+    heights.index = [f'{20 * fifth} to {20 * fifth + 20} %' for fifth in range(5)]
+    people = crosstab(keyframes.boxes.clip(upper=6), keyframes.source)
+    people = people.reindex(range(1, people.index.max() + 1), fill_value=0)
+    people = people.rename(index={6: '6 or more'})
     actions, figures = crosstab(table.action_name, table.source), ''
     actions = actions.loc[actions.sum(axis=1).sort_values().index]
-    for counts, kind, title, *labels in (
-        (crosstab(heights, boxes.source), 'bar', 'Height', 'of the frame, rounded down', 'boxes'),
-        (crosstab(people, keyframes.source), 'bar', 'People', '6: or more', 'keyframes'),
-        (actions, 'barh', 'Actions', 'annotations', ''),
+    for counts, kind, title in (
+        (heights, 'bar', "Height of the annotated boxes, as a share of the frame's"),
+        (people, 'bar', 'Annotated people on a keyframe'),
+        (actions, 'barh', 'Annotations of each action, on a logarithmic scale'),
     ):
         figure, content = Figure((5, 3 + 0.16 * len(counts)), layout='constrained'), io.BytesIO()
         axes, log = figure.add_subplot(), 'sym' if kind == 'barh' else False
-        counts.plot(ax=axes, kind=kind, logx=log, width=0.8, rot=0, fontsize=8)
-        axes.set(title=title, xlabel=labels[0], ylabel=labels[1])
+        bars = dict(ax=axes, kind=kind, logx=log, stacked=not log, width=0.8, rot=0, fontsize=8)
+        counts.plot(color=COLOURS, xlabel='', ylabel='', **bars)
+        axes.legend(loc='lower right' if log else 'best')
+        figure.suptitle(title, fontsize=10)
         with matplotlib.rc_context({'svg.hashsalt': 'page'}):  # the same for the same counts
             figure.savefig(content, format='svg', metadata={'Date': None})
         address = data_url(content.getvalue(), 'svg+xml')
-        figures += f'<figure><img alt="" src="{address}"></figure>'
+        figures += f'<figure><img alt="{html.escape(title)}" src="{address}"></figure>'
     return f'<div class="grid">{figures}</div>'
 
 
@@ -400,7 +474,7 @@ def count_reasons(reports: Path, split: str) -> list[tuple]:
 
 
 def show_part(part: Part, table: pd.DataFrame, proposals: dict, root: Path) -> str:
-    """A part as HTML: numbers, what was left out, plots, and keyframes, the worst first."""
+    """A part as HTML: numbers, recall, what was left out, plots and keyframes."""
     import pandas as pd
 
     labels, path = root / 'annotations' / LABELS, root / f'reports/recall_{part.split}.csv'
@@ -415,48 +489,63 @@ def show_part(part: Part, table: pd.DataFrame, proposals: dict, root: Path) -> s
     keyframes = boxes.groupby(['clip', 'second', 'source']).size().reset_index(name='boxes')
     names = zip(keyframes['clip'], keyframes.second)
     found = [len(proposals.get(f'{clip[:11]},{second:04d}', ())) for clip, second in names]
-    keyframes = keyframes.assign(proposals=found, bare=np.array(found) == 0)
+    keyframes = keyframes.assign(proposals=found, empty=np.array(found) == 0)
     groups = keyframes.groupby('source')
-    numbers = pd.DataFrame(
-        dict(
-            clips=groups['clip'].nunique(),
-            keyframes=groups.size(),
-            boxes=groups.boxes.sum(),
-            annotations=table.groupby('source').size(),
-            proposals=groups.proposals.sum(),
-            without_a_proposal=groups.bare.sum(),
-        )
-    ).T
-    numbers = numbers.assign(both=numbers.sum(axis=1)).to_html(border=0)
-    content = f'<h2>{part.title}</h2>{numbers}'
-    recall = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=RECALL)
+    numbers = {
+        'clips or movies': groups['clip'].nunique(),
+        'keyframes': groups.size(),
+        'annotated boxes': groups.boxes.sum(),
+        'annotations': table.groupby('source').size(),
+        'proposals': groups.proposals.sum(),
+        'keyframes without a proposal': groups['empty'].sum(),
+    }
+    numbers = pd.DataFrame(numbers).T.rename_axis(columns=None)
+    content = f'<h2>{part.title}</h2>'
+    content += numbers.assign(both=numbers.sum(axis=1)).map('{:,}'.format).to_html(border=0)
+    recall = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    recall = recall.reindex(columns=RECALL).dropna()  # an older one has other columns
     if len(recall):
-        share = recall.met.sum() / recall.boxes.sum()
-        content += f'<p>Proposals match {share:.1%} of the boxes of Kinetics at IoU 0.5.</p>'
+        shares = recall[RECALL[4:8]].sum().to_numpy().reshape(2, 2) / recall.boxes.sum()
+        shares = pd.DataFrame(shares, ['all proposals', 'those that MMAction2 keeps'])
+        shares.columns = ['boxes matched at IoU 0.5', 'at IoU 0.75']
+        content += shares.map('{:.1%}'.format).to_html(border=0)
     if reasons := count_reasons(root / 'reports', part.split):
-        reasons = pd.DataFrame(reasons, columns=['step', 'reported', 'rows'])
+        reasons = pd.DataFrame(reasons, columns=['step', 'left out', 'rows'])
         content += reasons.to_html(border=0, index=False)
     content += draw_plots(boxes, keyframes, table)
-    places = np.unique(np.linspace(0, len(keyframes) - 1, SHOWN).astype(int))
-    for title, chosen in (
-        ('Boxes that proposals miss, the worst first', recall[recall.met < recall.boxes][:SHOWN]),
-        ('Keyframes: annotated boxes in green, proposals in orange', keyframes.iloc[places]),
+    missed = recall[recall['matched_0.5'] < recall.boxes][:MISSED].astype({'second': int})
+    chosen = [
+        group.iloc[np.unique(np.linspace(0, len(group) - 1, SHOWN[source]).astype(int))]
+        for source, group in reversed(list(groups))  # Kinetics first
+    ]
+    content += '<p>Blue and numbered: annotated boxes. Orange and thin: proposals.</p>'
+    for title, some in (
+        ('Boxes that proposals miss, the worst first', missed),
+        ('Keyframes', pd.concat(chosen)),
     ):
-        if len(chosen):
-            sheet = draw_sheet(chosen, table, proposals, root, actions)
+        if len(some):
+            sheet = draw_sheet(some, table, proposals, root, actions)
             content += f'<h3>{title}</h3>{sheet}'
     return content
 
 
 def show_making(reports: Path) -> str:
     """How the data set was made, as HTML."""
-    content = ''
-    for name in 'cut_kinetics_options', 'fetch_proposal_train', 'fetch_proposal_val':
+    import pandas as pd
+
+    rows = []
+    for step, name in (
+        ('Step 3', 'cut_kinetics_options'),
+        ('Step 6, training', 'fetch_proposal_train'),
+        ('Step 6, validation', 'fetch_proposal_val'),
+    ):
         path = reports / f'{name}.json'
-        if path.exists():
-            noted = re.sub(r'[{}"]', '', path.read_text())
-            content += f'<li>{html.escape(f"{name}: {noted}")}</li>'
-    return f'<h2>How it was made</h2><ul>{content}</ul>'
+        recorded = json.loads(path.read_text()) if path.exists() else {}
+        for name in filter(recorded.__contains__, RECORDED):
+            value = str(recorded[name])
+            rows.append((step, RECORDED[name], WORDS.get(value, value)))
+    table = pd.DataFrame(rows, columns=['step', 'what', 'value'])
+    return f'<h2>How it was made</h2>{table.to_html(border=0, index=False)}'
 
 
 def write(path: Path, content: bytes) -> None:
@@ -481,29 +570,47 @@ def check(root: Path) -> None:
         if not (root / 'annotations' / name).exists():
             problems.append(Problem(name, 'file missing', COPY))
     read = [check_files(part, root, problems) for part in parts]
-    lacking = check_all([table for table, _ in read], root)
-    lines = tell([*problems, *lacking.values()])
+    incomplete = check_all([table for table, _ in read], root)
     for part, (table, _) in zip(parts, read):
         names = table['clip'].unique()
-        clips, count = sum(len(name) > 11 for name in names), sum(name in lacking for name in names)
+        clips = sum(len(name) > 11 for name in names)
+        count = sum(name in incomplete for name in names)
         print(
-            f'{part.title}: {clips:,} Kinetics clips and {len(names) - clips:,} AVA movies, '
-            f'{count:,} of them not complete'
+            f'{part.title}: Kinetics clips: {clips:,}, AVA movies: {len(names) - clips:,}; '
+            + (f'{count:,} incomplete' if count else 'all complete')
         )
-    report, page = root / 'reports/softlink_ava.csv', root / 'report.html'
-    write_csv(report, [Problem._fields, *sorted([*problems, *lacking.values()])])
-    for line in lines:
-        print(f'  {line}')
+    warnings = []
+    for unreadable, warning in (read_record(part.split, root) for part in parts):
+        problems += unreadable
+        warnings += warning
+    problems = sorted([*problems, *incomplete.values()])
+    report = root / 'reports/softlink_ava.csv'
+    write_csv(report, [Problem._fields, *problems])
+    lines = tell(problems)
     verdict = 'NOT ready for training' if lines else 'ready for training'
     if not lines and not read_as_frames(read[0][0]['clip'], root):
         verdict += ' from the videos of Kinetics, see docs/small-disk.md'
-    merged = datetime.fromtimestamp(parts[0].rows.stat().st_mtime)
+        warnings.append(
+            "MMAction2's own configs read raw frames: for them, run Step 4, then Steps 5 to 7 "
+            f'again: {command("extract_rgb_frames.py", root)}'
+        )
+    for line in lines + warnings:
+        print(f'  {line}')
+    write_page(parts, read, verdict, lines + warnings, root)
+    if lines:
+        sys.exit(f'error: {verdict}: {lines[0]}; all reasons: {report}')
+    print(verdict)
+
+
+def write_page(
+    parts: list[Part], read: list[tuple], verdict: str, lines: list[str], root: Path
+) -> None:
+    """Write ROOT/report.html, of equal data an equal page; say why where it cannot be written."""
+    page = root / 'report.html'
     try:
         content = PAGE.substitute(
             verdict=verdict,
-            checked=html.escape(
-                f'{root}, merged {merged:%Y-%m-%d %H:%M}; windows of MMAction2: {WINDOWS}'
-            ),
+            checked=html.escape(str(root)),
             problems=''.join(f'<li>{html.escape(line)}</li>' for line in lines),
             made=show_making(root / 'reports'),
             parts=''.join(
@@ -517,26 +624,30 @@ def check(root: Path) -> None:
     except (ImportError, ValueError, KeyError, TypeError) as error:  # odd files, no matplotlib
         page.unlink(missing_ok=True)
         print(f'  no report.html: {type(error).__name__}: {error}'.split('\n')[0])
-    if lines:
-        sys.exit(f'error: {verdict}: {lines[0]}; all reasons: {report}')
-    print(verdict)
+
+
+def link_and_check(args: argparse.Namespace) -> None:
+    root, ava = args.avakinetics_root, args.ava_root / 'rawframes'
+    if ava.resolve() == (root / 'rawframes').resolve():
+        sys.exit(f"error: {ava} is the data set's own folder; set --ava_root to AVA's")
+    if not ava.is_dir():
+        sys.exit(f'error: {ava} not found; extract the frames of AVA or set --ava_root')
+    if not find_parts(root)[0].rows.exists():
+        merge = command('merge_annotations.py', root)
+        sys.exit(f'error: {root} holds no merged annotations; run Step 7a: {merge}')
+    link_all(ava, root / 'rawframes')
+    check(root)
 
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
+    sys.stderr = sys.stderr or open(os.devnull, 'w')  # None where it is closed
     os.environ['MPLBACKEND'] = 'agg'  # a notebook's may not be in this environment
-    args = parse_args(argv)
-    root, ava = args.avakinetics_root, args.ava_root / 'rawframes'
     try:
-        if ava.resolve() == (root / 'rawframes').resolve():
-            sys.exit(f"error: {ava} is the data set's own folder; set --ava_root to AVA's")
-        if not ava.is_dir():
-            sys.exit(f'error: {ava} not found; extract the frames of AVA or set --ava_root')
-        if not find_parts(root)[0].rows.exists():
-            merge = command('merge_annotations.py', root)
-            sys.exit(f'error: {root} holds no merged annotations; do Step 7a: {merge}')
-        link_all(ava, root / 'rawframes')
-        check(root)
+        link_and_check(parse_args(argv))
+        print(end='', flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os._exit(141)
     except OSError as error:  # a full disk, missing permissions
         sys.exit(f'error: {error}; fix it, then run the same command again')
     except KeyboardInterrupt:

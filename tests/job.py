@@ -116,11 +116,11 @@ def draw_sources(folder: Path) -> None:
 
 def products(root: Path) -> dict[str, str]:
     """All files but the logs of archives and detections, which tell of every run; the page says
-    where and when.
+    where.
     """
     files, page = snapshot(root), root / 'report.html'
     if page.exists():
-        files['report.html'] = re.sub('<p>/[^;]*; ', '', page.read_text())
+        files['report.html'] = re.sub('<p>/.*?</p>', '', page.read_text())
     return {name: digest for name, digest in files.items() if not name.endswith('.jsonl')}
 
 

@@ -55,11 +55,11 @@ def test_links_are_absolute_and_a_second_run_changes_nothing(worlds, tmp_path):
     root, ava = worlds
     done = here('softlink_ava.py', '--avakinetics_root=root', '--ava_root=ava', cwd=tmp_path)
     assert os.readlink(root / 'rawframes/-5KQ66BBWC4') == f'{ava}/rawframes/-5KQ66BBWC4'
-    assert '2 linked now' in done.stdout and done.stdout.endswith(READY)
-    assert 'Training: 1 Kinetics clips and 2 AVA movies, 0 of them not complete' in done.stdout
-    assert 'AVA validation: 0 Kinetics clips and 1 AVA movies' in done.stdout
+    assert '2 new' in done.stdout and done.stdout.endswith(READY)
+    assert 'Training: Kinetics clips: 1, AVA movies: 2; all complete' in done.stdout
+    assert 'AVA validation: Kinetics clips: 0, AVA movies: 1; all' in done.stdout
     before = snapshot(root)
-    assert '0 linked now, 2 there already' in link(root, ava).stdout
+    assert '0 new, 2 existing' in link(root, ava).stdout
     assert snapshot(root) == before
 
 
@@ -68,7 +68,7 @@ def test_wrong_links_are_mended_and_real_folders_left_alone(worlds, tmp_path):
     (root / 'rawframes/-5KQ66BBWC4').symlink_to(tmp_path / 'nowhere')
     draw_movie(root / 'rawframes/AVA_mov-1_x', range(998, 1002))
     done = link(root, ava)
-    assert '1 linked now, 1 there already' in done.stdout
+    assert '1 new, 1 existing' in done.stdout
     assert os.readlink(root / 'rawframes/-5KQ66BBWC4') == f'{ava}/rawframes/-5KQ66BBWC4'
     assert not (root / 'rawframes/AVA_mov-1_x').is_symlink()
 
@@ -126,8 +126,8 @@ def make_old(root, ava):
         os.utime(frame, (0, 0))
 
 
-STEP_4 = 'repeat Step 4: python3 {repo}/extract_rgb_frames.py --avakinetics_root={root}'
-STEP_7A = 'do Step 7a: python3 {repo}/merge_annotations.py --avakinetics_root={root} --split=train'
+STEP_4 = 'run Step 4 again: python3 {repo}/extract_rgb_frames.py --avakinetics_root={root}'
+STEP_7A = 'run Step 7a: python3 {repo}/merge_annotations.py --avakinetics_root={root} --split=train'
 CASES = {  # what happens to the data set -> what the report says: name, reason, remedy
     'no validation file': (
         lambda root, ava: (root / 'annotations/ava_val_v2.2.csv').unlink(),
@@ -152,7 +152,7 @@ CASES = {  # what happens to the data set -> what the report says: name, reason,
     ),
     'no list': (
         lambda root, ava: (root / 'kinetics_train.csv').unlink(),
-        ('kinetics_train.csv', 'no annotations', 'do Step 5 (prepare_annotation.py)'),
+        ('kinetics_train.csv', 'no annotations', 'run Step 5 (prepare_annotation.py)'),
     ),
     'not merged': (
         lambda root, ava: shutil.copy(root / LIST.replace('.csv', '.ava_only.csv'), root / LIST),
@@ -190,7 +190,7 @@ CASES = {  # what happens to the data set -> what the report says: name, reason,
         (
             CLIP,
             'clip missing or broken: 0 of 120 frames',
-            'remove it if it is there, then repeat Step 3 (cut_kinetics.py)',
+            'remove it if it exists, then run Step 3 again (cut_kinetics.py)',
         ),
     ),
 }
@@ -209,6 +209,46 @@ def test_what_is_missing_is_named_with_what_mends_it(worlds, name):
     assert 'error: NOT ready for training: ' in errors(done)
     page = (root / 'report.html').read_text()
     assert 'NOT ready for training' in page and reason in page.replace('&#x27;', "'")
+
+
+def test_a_frame_that_step_6_could_not_read_is_missing_while_it_stays_as_it_was(worlds):
+    root, ava = worlds
+    frame = f'rawframes/{CLIP}/img_00061.jpg'
+    (root / 'reports').mkdir()
+    record = root / 'reports/fetch_proposal_train.json'
+    record.write_text(json.dumps(dict(unreadable={frame: (root / frame).stat().st_size})))
+    message = errors(link(root, ava, code=1))
+    remedy = 'unreadable frame; remove it, then run Steps 3 and 4 again: python3 '
+    assert f'NOT ready for training: {frame}: {remedy}' in message
+    assert remedy in (root / 'report.html').read_text()
+    (root / frame).write_bytes(b'another frame')
+    assert link(root, ava).stdout.endswith(READY)
+    record.write_text(json.dumps(dict(unreadable={f'rawframes/{CLIP}/gone.jpg': 0})))
+    assert link(root, ava).stdout.endswith(READY)
+
+
+def test_what_step_6_warned_of_is_a_warning_here_and_on_the_page(worlds):
+    root, ava = worlds
+    (root / 'reports').mkdir()
+    record = root / 'reports/fetch_proposal_train.json'
+    record.write_text(json.dumps(dict(warning='warning: proposals match 0.0%')))
+    said = link(root, ava).stdout
+    assert '  warning: proposals match 0.0%\n' in said and said.endswith(READY)
+    assert '<li>warning: proposals match 0.0%</li>' in (root / 'report.html').read_text()
+
+
+def test_a_pickle_of_another_list_needs_step_6_first(worlds):
+    """Step 7a would refuse it, and say so."""
+    root, ava = worlds
+    other = pickle.dumps({}) + b'\nmade of ' + b'0' * 64 + b'\n'
+    (root / 'kinetics_proposal.pkl').write_bytes(other)
+    message = errors(link(root, ava, code=1))
+    assert (
+        'kinetics_proposal.pkl: made from another list than kinetics_train.csv; run Step 6: '
+        in message
+    )
+    assert f'--datalist={root}/kinetics_train.csv; then Step 7a' in message
+    run('merge_annotations.py', f'--avakinetics_root={root}', code=1)
 
 
 def test_many_of_a_kind_are_one_line(worlds):
@@ -245,8 +285,12 @@ def test_clips_that_are_read_as_videos_have_their_frames(worlds, seconds):
         clip.write_bytes(clip.read_bytes()[:500])
     if seconds == 4:
         verdict = 'ready for training from the videos of Kinetics, see docs/small-disk.md'
-        assert link(root, ava).stdout.endswith(f'{verdict}\n')
-        assert verdict in (root / 'report.html').read_text()
+        said, page = link(root, ava).stdout, (root / 'report.html').read_text()
+        assert said.endswith(f'{verdict}\n') and verdict in page
+        hint = (
+            'own configs read raw frames: for them, run Step 4, then Steps 5 to 7 again: python3 '
+        )
+        assert hint in said and hint in page
     else:
         reason = f'clip missing or broken: {round(seconds * 30)} of 120 frames'
         assert reason in errors(link(root, ava, code=1))
@@ -262,26 +306,44 @@ def test_the_kinetics_validation_part_is_checked_where_it_was_prepared(worlds):
     run('merge_annotations.py', f'--avakinetics_root={root}', '--split=val')
     title, movies = 'Validation on AVA and Kinetics', 1
     said = link(root, ava).stdout
-    assert f'{title}: 1 Kinetics clips and {movies} AVA movies, 0 of them not complete' in said
+    assert f'{title}: Kinetics clips: 1, AVA movies: {movies}; all complete' in said
     assert said.endswith(READY) and f'<h2>{title}</h2>' in (root / 'report.html').read_text()
     (root / f'rawframes/{clip}/img_00001.jpg').unlink()
     done = link(root, ava, code=1)
-    assert f'{title}: 1 Kinetics clips and {movies} AVA movies, 1 of them not' in done.stdout
-    assert 'Training: 1 Kinetics clips and 2 AVA movies, 0 of them not complete' in done.stdout
+    assert f'{title}: Kinetics clips: 1, AVA movies: {movies}; 1 incomplete' in done.stdout
+    assert 'Training: Kinetics clips: 1, AVA movies: 2; all complete' in done.stdout
 
 
 def test_the_page_says_how_the_data_set_was_made(worlds):
     root, ava = worlds
-    options = dict(short_side=256, av='1.2.3')
+    options = dict(av='1.2.3', short_side=256)
     (root / 'reports').mkdir()
     (root / 'reports/cut_kinetics_options.json').write_text(json.dumps(options))
     options = dict(checkpoint='<x>.pth', score_thr=0.8, neighbors=1)
     (root / 'reports/fetch_proposal_train.json').write_text(json.dumps(options))
     link(root, ava)
     page = (root / 'report.html').read_text()
-    assert 'cut_kinetics_options: short_side: 256, av: 1.2.3' in page
-    assert 'fetch_proposal_train: checkpoint: &lt;x&gt;.pth, score_thr: 0.8, neighbors: 1' in page
-    assert 'AVA-Kinetics: ready for training' in page and '4x16, 8x8, 16x4, 32x2' in page
+    cells = re.findall('<td>(.*?)</td>', page.split('How it was made')[1])
+    assert cells[:6] == [
+        'Step 3',
+        'pixels of the short side',
+        '256',
+        'Step 3',
+        'version of av',
+        '1.2.3',
+    ]
+    assert cells[6:9] == ['Step 6, training', 'checkpoint', '&lt;x&gt;.pth']
+    assert 'AVA-Kinetics: ready for training' in page and 'unreadable' not in page
+
+
+def test_equal_data_gives_an_equal_page(worlds):
+    root, ava = worlds
+    link(root, ava)
+    page = (root / 'report.html').read_bytes()
+    for path in root.rglob('*.csv'):
+        os.utime(path, (1e9, 1e9))
+    link(root, ava)
+    assert (root / 'report.html').read_bytes() == page
 
 
 def test_a_keyframe_that_an_early_step_left_out_is_not_counted_again(worlds):
@@ -304,9 +366,9 @@ def test_errors_say_what_to_do(worlds, tmp_path):
     assert "is the data set's own folder" in errors(link(root, root, code=1))
     (tmp_path / 'bare/rawframes').mkdir(parents=True)
     assert 'holds no folder' in errors(link(root, tmp_path / 'bare', code=1))
-    assert 'do Step 7a' in errors(link(tmp_path / 'bare', ava, code=1))
+    assert 'run Step 7a' in errors(link(tmp_path / 'bare', ava, code=1))
     (root / LIST).write_text(ROW + 'no row\n')
     assert 'unreadable annotations: ' in errors(link(root, ava, code=1))
     (root / LIST).unlink()
     message = errors(link(root, ava, code=1))
-    assert re.search(r'do Step 7a: python3 \S+merge_annotations.py --avakinetics_root=', message)
+    assert re.search(r'run Step 7a: python3 \S+merge_annotations.py --avakinetics_root=', message)

@@ -14,6 +14,7 @@ import pytest
 
 import draw
 import sample_world
+import softlink_ava
 from helpers import load, read_csv
 
 CHROMIUM = next(
@@ -60,7 +61,8 @@ def test_numbers_are_those_of_the_files(root, page):
         str(len(kinetics)),
         str(len(rows)),
     ]
-    assert cells['boxes'][2] == str(len(boxes)) and cells['clips'] == ['2', '10', '12']
+    assert cells['annotated boxes'][2] == str(len(boxes))
+    assert cells['clips or movies'] == ['2', '10', '12']
     assert int(cells['proposals'][2]) <= sum(map(len, proposals.values()))
     assert ['Step 3', 'file missing', '1'] in lines
     assert not [line for line in lines if line[:1] == ['Step 5']]  # counted at Step 3
@@ -69,8 +71,10 @@ def test_numbers_are_those_of_the_files(root, page):
 
 def test_keyframes_show_annotations_and_proposals(root, page):
     pictures = re.findall(r'data:image/jpeg;base64,([^"]+)', page)
-    missed = [row for row in read_csv(root / 'reports/recall_train.csv')[1:] if row[2] != row[3]]
-    assert len(pictures) == len(missed) + 12  # evenly chosen
+    missed = [row for row in read_csv(root / 'reports/recall_train.csv')[1:] if row[2] != row[4]]
+    assert len(pictures) == len(missed) + 9 + 3  # of Kinetics and of AVA, evenly chosen
+    clips = re.findall(r'<figcaption>(\S+), second', page.split('<h3>Keyframes</h3>')[1])
+    assert [len(clip) > 11 for clip in clips] == [True] * 9 + [False] * 3
     sources = {
         video: (start, rate)
         for videos in sample_world.SCENES.values()
@@ -87,16 +91,45 @@ def test_keyframes_show_annotations_and_proposals(root, page):
         )
         image = image.astype(int)
         assert image.shape[1] == 480
-        assert (abs(image - [0, 165, 255]).sum(-1) < 120).sum() > 40  # orange
-        assert (image[..., 1] - image[..., [0, 2]].max(-1) > 50).sum() > 150  # green
+        for colour in softlink_ava.BLUE, softlink_ava.ORANGE:  # annotated boxes, proposals
+            assert (abs(image - colour).sum(-1) < 90).sum() > 150
     plots = [
         base64.b64decode(plot).decode()
         for plot in re.findall(r'data:image/svg[+]xml;base64,([^"]+)', page)
     ]
     ticks = [set(re.findall('<!-- (.*?) -->', plot)) for plot in plots]
-    assert len(ticks) == 3 and {'0.4', '0.6', 'boxes'} <= ticks[0]
-    assert {'1', '2', '3', 'keyframes'} <= ticks[1]
-    assert {'talk to (e.g., self, a person, a group) 79', 'annotations'} <= ticks[2]
+    assert len(ticks) == 3
+    assert {
+        '0 to 20 %',
+        '80 to 100 %',
+        "Height of the annotated boxes, as a share of the frame's",
+    } <= ticks[0]
+    assert {'1', '2', '3', 'Annotated people on a keyframe'} <= ticks[1]
+    assert {'talk to (e.g., self, a person, a group) 79', 'AVA', 'Kinetics'} <= ticks[2]
+
+
+def test_both_recalls_are_on_the_page(root, page):
+    """Those of the report."""
+    rows = [row[2:8] for row in read_csv(root / 'reports/recall_train.csv')[1:]]
+    boxes, _, *matched = np.array(rows, int).sum(0)
+    shares = [f'{count / boxes:.1%}' for count in matched]
+    for name, found in ('all proposals', shares[:2]), ('those that MMAction2 keeps', shares[2:]):
+        cells = ''.join(rf'\s*<td>{share}</td>' for share in found)
+        assert re.search(f'<th>{name}</th>{cells}', page)
+
+
+def test_numbers_stand_on_the_annotated_boxes():
+    """At the feet, inside the picture; proposals have none."""
+    boxes, people = [(0.1, 0.1, 0.4, 0.9)], np.array([[0.6, 0.1, 0.9, 0.9, 0.95]])
+    address = softlink_ava.draw_keyframe(np.full((256, 340, 3), 128, np.uint8), boxes, people)
+    data = np.frombuffer(base64.b64decode(address.split(',')[1]), np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR).astype(int)
+    height, width = image.shape[:2]
+    coloured = abs(image - 128).max(-1) > 60
+    feet, inside = slice(int(0.8 * height), int(0.88 * height)), round(0.02 * width)
+    left, right = round(0.1 * width), round(0.6 * width)
+    assert coloured[feet, left + inside // 2 : left + 3 * inside].sum() > 20
+    assert not coloured[feet, right + inside : right + 3 * inside].any()
 
 
 @pytest.mark.skipif(not CHROMIUM, reason='needs Chromium')
@@ -119,7 +152,7 @@ def test_a_browser_shows_all_of_it(root, tmp_path, width):
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     seen = json.loads(re.search(r'<title>(.*?)</title>', done.stdout)[1])
     assert (
