@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import signal
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -111,14 +112,18 @@ def prepare_validation(mmaction2: Path) -> None:
     sample_world.copy_as_validation_split(mmaction2)
     place, environment = mmaction2 / 'tools/data/ava_kinetics', dict(MMACTION2=str(mmaction2))
     config, checkpoint = (option.split('=', 1)[1] for option in TINY)
-    for line in (
-        demo.readme_commands('# The validation part', 'docs/validation.md')[0].strip().splitlines()
-    ):
+    lines = demo.readme_commands('# The validation part', 'docs/validation.md')[0].splitlines()
+    os.remove(mmaction2 / 'data/kinetics700/kinetics700_val_list_videos.txt')
+    subprocess.run(lines[0], shell=True, check=True, env=os.environ | environment)
+    for line in lines[1:]:
         line = line.replace('$CONFIG', config).replace('$CHECKPOINT', checkpoint)
         line = line.replace('$AVAKINETICS_ROOT', f'{mmaction2}/data/ava_kinetics')
         line = line.replace('$AVA_ROOT', f'{mmaction2}/data/ava')
         script, *options = line.split()[1:]
-        run(script, *options, cwd=place, env=os.environ | environment)
+        if script in ('cut_kinetics.py', 'merge_annotations.py'):
+            run(script, *options, cwd=place, env=os.environ | environment)
+        else:  # which read nothing from the environment here
+            here(script, *options, cwd=place)
 
 
 @pytest.fixture(scope='session')

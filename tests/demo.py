@@ -45,8 +45,10 @@ def run_readme(mmaction2: Path, show: bool) -> str:
         'MMACTION2': str(mmaction2),
         'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
     }
-    settings = re.findall(r'^export .*\n', (REPO / 'README.md').read_text(), re.M)
-    settings = ''.join(settings).replace('/path/to/mmaction2', str(mmaction2))
+    settings = re.findall(r'^export [^&\n]*', (REPO / 'README.md').read_text(), re.M)
+    settings = ''.join(f'{line}\n' for line in settings).replace(
+        '/path/to/mmaction2', str(mmaction2)
+    )
     settings += (
         f'export CONFIG={REPO}/tests/tiny_detector.py CHECKPOINT={REPO}/tests/tiny_detector.pth\n'
     )

@@ -6,6 +6,7 @@ should be: `stamp` writes the frame's number as a bar of black and white cells t
 compression, `read_stamp` reads it back, and `figure_boxes` says where the drawn people stand.
 """
 
+import functools
 import subprocess
 from fractions import Fraction
 
@@ -113,10 +114,11 @@ def draw_figure(image: np.ndarray, person: dict) -> tuple[int, int, int, int]:
             max(2, limb * 2 // 3),
         )
     paint(cv2.circle, person['skin'], point(x, top + head), round(head), -1)
-    ys, xs = np.nonzero(mask)
-    return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+    left, top, width, height = cv2.boundingRect(mask)
+    return left, top, left + width, top + height
 
 
+@functools.lru_cache(maxsize=4)
 def draw_background(scene: int, width: int, height: int) -> np.ndarray:
     """A still room with furniture that is not a person: blobs, boxes, lamps and stripes.
 
@@ -151,7 +153,7 @@ def draw_frame(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One picture of a scene: BGR (H, W, 3) and the relative boxes (n, 4) of its people."""
     width, height = size
-    image = draw_background(scene, width, height)
+    image = draw_background(scene, width, height).copy()
     boxes = [draw_figure(image, person) for person in figures_at(scene, time)]
     if number is not None:
         stamp(image, number)
@@ -208,7 +210,7 @@ def encode(path, frames, fps, size: tuple[int, int], before=(), inputs=(), optio
 def encode_plain(path, frames, fps, size: tuple[int, int]) -> None:
     """What `encode` does without options, by PyAV."""
     with av.open(str(path), 'w') as video:
-        stream = video.add_stream('libx264', Fraction(fps), options=dict(preset='veryfast'))
+        stream = video.add_stream('libx264', Fraction(fps), options=dict(preset='ultrafast'))
         stream.width, stream.height = size
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), 'bgr24')

@@ -102,10 +102,12 @@ def refused(script, *arguments) -> str:
     return errors(here(script, *arguments, code=1))
 
 
+BAR = re.compile(r'(cut|extract|check|detect): .*\]|\s*')
+
+
 def said(text: str) -> list[str]:
-    """The lines of stderr without progress bars, which a message may follow on the same line."""
-    lines = (re.sub(r'.*%\|[^]]*]?', '', line) for line in text.replace('\r', '\n').splitlines())
-    return [line for line in lines if line.strip()]
+    """The lines of stderr without progress bars; what follows a bar on its line stays with it."""
+    return [line for line in re.split(r'[\r\n]', text) if not BAR.fullmatch(line)]
 
 
 def start(command: list, **options) -> subprocess.Popen:
@@ -162,7 +164,7 @@ def kill_tree(process: subprocess.Popen) -> tuple[str | None, str | None]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=0.1)
     with contextlib.suppress(ValueError):  # its pipes were read to their ends before
-        return process.communicate(timeout=60)
+        return process.communicate(timeout=300)
     return None, None
 
 
@@ -186,6 +188,14 @@ def snapshot(folder: Path) -> dict[str, str]:
         elif path.is_file():
             tree[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return tree
+
+
+def age(folder: Path) -> None:
+    """Set all times in a folder to one of 2001: what is written from now on is newer, however fast
+    the machine or coarse its clock.
+    """
+    for path in folder.rglob('*'):
+        os.utime(path, (1e9, 1e9), follow_symlinks=False)
 
 
 def read_csv(path: Path) -> list[list[str]]:

@@ -290,7 +290,7 @@ def test_workers_end_with_their_parent(job, number, tmp_path):
         process.send_signal(number)
         process.communicate(timeout=300)
         assert process.returncode == -number
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not all(map(has_ended, workers)):
             assert time.monotonic() < deadline
             time.sleep(0.01)

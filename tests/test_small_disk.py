@@ -18,7 +18,7 @@ SCENES = {
 
 def test_same_rows_and_same_proposals_as_from_frames(mmaction2):
     with_frames, without, said = mmaction2.root, mmaction2.without, mmaction2.notes['without']
-    assert '10 Kinetics clips and 2 AVA movies, 0 of them not complete' in said
+    assert 'Kinetics clips: 10, AVA movies: 2; all complete' in said
     assert said.endswith('ready for training from the videos of Kinetics, see docs/small-disk.md\n')
     assert sorted(path.name for path in (without / 'rawframes').iterdir()) == sorted(
         sample_world.AVA_VIDEOS
