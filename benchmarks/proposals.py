@@ -1,6 +1,7 @@
 """Frames a second of a plain loop over mmdet's inference_detector and of fetch_proposal.py.
 
     python benchmarks/proposals.py    # the documented detector, random weights
+    python benchmarks/proposals.py --published    # a small one, published weights
     python benchmarks/proposals.py --config tests/tiny_detector.py \\
         --checkpoint tests/tiny_detector.pth
 
@@ -32,6 +33,7 @@ sys.path[:0] = [str(REPO), str(REPO / 'tests')]
 warnings.filterwarnings('ignore')
 import draw  # noqa: E402
 import fetch_proposal  # noqa: E402
+import published_detector  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,6 +44,11 @@ def parse_args() -> argparse.Namespace:
         '--config', type=Path, default=REPO / 'X-101-64x4d-FPN.py', help='mmdetection config'
     )
     parser.add_argument('--checkpoint', type=Path, help='its weights (default: random ones)')
+    parser.add_argument(
+        '--published',
+        action='store_true',
+        help='YOLOX-nano with its published weights, in place of --config and --checkpoint',
+    )
     parser.add_argument('--frames', type=int, default=64, help='frames to detect on, of two sizes')
     parser.add_argument('--rounds', type=int, default=3, help='rounds of each measurement')
     parser.add_argument(
@@ -197,6 +204,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         frames = write_frames(root, args.frames)
+        if args.published:
+            args.config, args.checkpoint = published_detector.convert(root / 'published')
         checkpoint = args.checkpoint or random_checkpoint(args.config, root)
         gpu = args.device != 'cpu'
         name = (
