@@ -84,6 +84,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar='ADDRESS',
         help='work on the Dask cluster of this scheduler, such as tcp://host:8786',
     )
+    os.getcwd()  # raises OSError where it was deleted, where workers would crash
     args = parser.parse_args(argv)
     if args.num_workers < 1 and args.num_workers != -1:
         sys.exit('error: --num_workers must be 1 or more, or -1 for all CPUs')
