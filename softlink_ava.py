@@ -58,7 +58,7 @@ NEEDED = [LABELS, 'ava_train_excluded_timestamps_v2.2.csv', 'ava_val_excluded_ti
 COPY = "copy it from AVA's annotation folder"
 SHOWN = dict(Kinetics=9, AVA=3)  # keyframes on the page, evenly chosen
 MISSED = 12  # keyframes whose boxes proposals miss
-WIDTH, QUALITY = 480, 80  # of a keyframe on the page: pixels, and of its JPEG
+WIDTH, JPEG_QUALITY = 480, 80  # of a keyframe on the page; the width in pixels
 # BGR; they differ for colour-blind people, too
 BLACK, BLUE, ORANGE = (0, 0, 0), (233, 180, 86), (0, 159, 230)
 COLOURS = dict(AVA='#999999', Kinetics='#0072B2')  # of the plots
@@ -405,7 +405,7 @@ def draw_keyframe(image: np.ndarray, boxes: list, people: np.ndarray) -> str:
         for colour, thickness in (BLACK, 5), (BLUE, 3):  # outlined, for any background
             cv2.rectangle(image, (x1, y1), (x2, y2), colour, thickness)
             cv2.putText(image, str(number), place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, colour, thickness)
-    content = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1]
+    content = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
     return data_url(content.tobytes(), 'jpeg')
 
 
