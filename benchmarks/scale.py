@@ -71,6 +71,9 @@ def make(folder: Path, clips: int) -> None:
         'ava_dense_proposals_val.FAIR.recall_93.9.pkl',
     ):
         (root / 'annotations' / name).touch()
+    (root / 'annotations/ava_val_v2.2.csv').write_text(f'{movies[0]},0902,0.1,0.1,0.5,0.9,12,0\n')
+    validated = root / 'annotations/ava_dense_proposals_val.FAIR.recall_93.9.pkl'
+    validated.write_bytes(pickle.dumps({}))
     (root / 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl').write_bytes(
         pickle.dumps({f'{movies[0]},0902': np.full((1, 5), 0.9)})
     )
