@@ -102,8 +102,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=16,
         metavar='N',
-        help='threads that look at clips, many for a slow file server; -1: all CPUs (default: '
-        '%(default)s)',
+        help='threads that look at clips: many for a slow file server, 2 for a local disk; -1: all '
+        'CPUs (default: %(default)s)',
     )
     args = parser.parse_args(argv)
     if args.num_workers < 1 and args.num_workers != -1:
