@@ -710,14 +710,13 @@ def write_csv(path: Path, rows: list[tuple]) -> None:
     write(path, table.getvalue().encode('utf-8', 'backslashreplace'))
 
 
-def best_overlaps(boxes: set, people: np.ndarray) -> np.ndarray:
-    """Return the IoU of each annotated box with the proposal that matches it best, or 0."""
+def overlaps_of(boxes: set, people: np.ndarray) -> np.ndarray:
+    """Return the IoU (n, m) of each annotated box with each proposal of its keyframe."""
     import torch
     from torchvision.ops import box_iou
 
     annotated = torch.tensor(sorted(boxes), dtype=torch.float64)
-    overlaps = box_iou(annotated, torch.from_numpy(people[:, :4])).numpy()
-    return overlaps.max(axis=1, initial=0)
+    return box_iou(annotated, torch.from_numpy(people[:, :4])).numpy()
 
 
 def report_recall(path: Path, keyframes: dict[tuple, set], proposals: dict) -> str | None:
@@ -728,10 +727,11 @@ def report_recall(path: Path, keyframes: dict[tuple, set], proposals: dict) -> s
     rows = []
     for (clip, second), boxes in keyframes.items():
         people = proposals.get(key_of(clip, second), np.empty((0, 5)))
-        kept = people[people[:, 4] >= min(KEPT_SCORE, people[:, 4].max(initial=0))]
-        overlaps = [best_overlaps(boxes, some) for some in (people, kept)]
-        matched = [(best >= least).sum() for best in overlaps for least in (LOOSE, STRICT)]
-        worst = f'{overlaps[0].min():.3f}'
+        overlaps = overlaps_of(boxes, people)
+        kept = overlaps[:, people[:, 4] >= min(KEPT_SCORE, people[:, 4].max(initial=0))]
+        best = [some.max(axis=1, initial=0) for some in (overlaps, kept)]
+        matched = [(some >= least).sum() for some in best for least in (LOOSE, STRICT)]
+        worst = f'{best[0].min():.3f}'
         rows.append((clip, second, len(boxes), len(people), *matched, worst))
     rows.sort(key=lambda row: (row[-1], row))
     write_csv(path, [RECALL, *rows])

@@ -541,9 +541,9 @@ def show_making(reports: Path) -> str:
     ):
         path = reports / f'{name}.json'
         recorded = json.loads(path.read_text()) if path.exists() else {}
-        for name in filter(recorded.__contains__, RECORDED):
-            value = str(recorded[name])
-            rows.append((step, RECORDED[name], WORDS.get(value, value)))
+        for option in filter(recorded.__contains__, RECORDED):
+            value = str(recorded[option])
+            rows.append((step, RECORDED[option], WORDS.get(value, value)))
     table = pd.DataFrame(rows, columns=['step', 'what', 'value'])
     return f'<h2>How it was made</h2>{table.to_html(border=0, index=False)}'
 
