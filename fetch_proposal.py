@@ -4,13 +4,13 @@ r"""Step 6: detect the people on the annotated keyframes.
 Reads ROOT/kinetics_train.csv and the frames in ROOT/rawframes, or in ROOT/videos where raw frames
 are missing or older. Runs a person detector of mmdetection on each annotated keyframe and on the
 seconds before and after it. Writes ROOT/kinetics_proposal.pkl: a dict with keys
-'<video id>,<second:04d>' and values float64 (n, 5) of x1, y1, x2, y2, score, relative to the frame,
-score > --score_thr. A frame without people has no key. Frames that could not be read are in
-ROOT/reports/fetch_proposal_train.csv; how well the proposals match the annotated boxes is in
-ROOT/reports/recall_train.csv.
+'<video id>,<timestamp:04d>' and values float64 (n, 5) of x1, y1, x2, y2, score, relative to the
+frame, score > --score_thr. A frame without people has no key. Frames that could not be read are
+listed in ROOT/reports/fetch_proposal_train.csv; how well the proposals match the annotated boxes is
+in ROOT/reports/recall_train.csv.
 
-Detections are kept in kinetics_proposal.pkl.frames.jsonl: the same command continues after an
-interruption, and one with a longer list detects only what is new.
+All detections are cached in kinetics_proposal.pkl.frames.jsonl: the same command continues after an
+interruption, and with a longer list it detects only what is new.
 
     python3 fetch_proposal.py --avakinetics_root=$MMACTION2/data/ava_kinetics \
         --datalist=$MMACTION2/data/ava_kinetics/kinetics_train.csv \
@@ -40,6 +40,8 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import (
     FIRST_COMPLETED,
     CancelledError,
+    Executor,
+    Future,
     ProcessPoolExecutor,
     ThreadPoolExecutor,
     wait,
@@ -51,14 +53,13 @@ from importlib.metadata import version
 from itertools import islice
 from multiprocessing import active_children, current_process, get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterable, Iterator, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, Generator, Iterable, Iterator, NamedTuple
 
 import numpy as np
 from joblib import cpu_count
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from distributed import Client
     from torch.nn import Module
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
@@ -66,71 +67,114 @@ CHECKPOINT = (
     'https://download.openmmlab.com/mmdetection/v2.0/cascade_rcnn/cascade_rcnn_x101_64x4d_fpn_1x_coco/'
     'cascade_rcnn_x101_64x4d_fpn_1x_coco_20200515_075702-43ce6a30.pth'
 )
-FPS = 30
+FPS = 30  # frames per second of the clips
 PERSON = 0  # COCO's class
-CHUNK, CPU_CHUNK = 1024, 64  # frames that a process gets at once, and what a kill loses
-LOADERS = 4  # threads that load frames, in each process
-# Before it starts, a GPU is compared with the CPU on the first frames: the people who score more
-# than CLEAR_SCORE. Accepted shifts of boxes, as a fraction of the frame, and of scores are ten
-# times those of TF32, float16 and bfloat16
+CHUNK, CPU_CHUNK = 1024, 64  # frames that a process gets at a time, lost if it is killed
+NUM_LOADERS = 4  # threads that load frames, in each process
+# Before a GPU is used, it is compared with the CPU on the first frames, by the proposals scoring
+# above CLEAR_SCORE. The tolerated shifts of boxes (as a fraction of the frame) and of scores are
+# ten times those that TF32, float16 and bfloat16 cause
 FIRST_FRAMES = 3
 CLEAR_SCORE, MAX_BOX_SHIFT, MAX_SCORE_SHIFT = 0.6, 0.05, 0.1
-# What MMAction2 keeps of a keyframe's proposals, its person_det_score_thr, and the best one if none
-# scores as much
+# MMAction2's person_det_score_thr: it keeps proposals that score at least this, or else the best
 KEPT_SCORE = 0.9
-LOOSE, STRICT = 0.5, 0.75  # IoU above which a proposal matches an annotated box
-# columns of the report on recall: matched boxes by all proposals, then by those kept
+LOOSE_IOU, STRICT_IOU = 0.5, 0.75  # above which a proposal matches an annotated box
+# columns of the report on recall: boxes matched by all proposals, then by those that are kept
 RECALL = ['clip', 'second', 'boxes', 'proposals']
-RECALL += ['matched_0.5', 'matched_0.75', 'kept_0.5', 'kept_0.75', 'worst_iou']
+MATCHED = ['matched_0.5', 'matched_0.75', 'kept_0.5', 'kept_0.75']
+RECALL += [*MATCHED, 'worst_iou']
 LOW_RECALL, MANY_EMPTY = 0.8, 0.2  # where Step 6 warns; AVA's own recall is 93.9 %
-NOTED = 'key', 'file', 'size', 'people'  # in a frame's line of the file of detections
-FRACTION = r'(-?\d*\.?\d+)'
-# clip, second, box, action, entity
-ROW = re.compile(
-    rf'([A-Za-z0-9_-]{{11}}_\d{{6}}_\d{{6}}),(\d+){f",{FRACTION}" * 4},\d+,-?\d+', re.ASCII
-)
+CLIP_NAME = re.compile(r'([A-Za-z0-9_-]{1,64})_([0-9]{6})_([0-9]{6})')
+NUMBER = r'(-?\d*\.?\d+)'
+# clip, timestamp, box, action, entity
+ROW = re.compile(rf'([A-Za-z0-9_-]+),(\d+){f",{NUMBER}" * 4},\d+,-?\d+', re.ASCII)
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
-AHEAD = 500  # items that a cluster is given at once
+MAX_QUEUED = 500  # items that a cluster is given at once
 GIVEN_UP = 'given up: the workers of the cluster that had it were killed'
+
+Boxes = set[tuple[float, ...]]  # of x1, y1, x2, y2, relative to the frame
 
 
 class DetectorError(Exception):
-    """What keeps the detector from running, as one line for the user."""
+    """Why the detector cannot run, as one line for the user."""
+
+
+class Clip(NamedTuple):
+    """Seconds `start` to `end` of a video, as Step 3 cuts them."""
+
+    name: str
+    video_id: str
+    start: int
+    end: int
+
+    @property
+    def num_frames(self) -> int:
+        return (self.end - self.start) * FPS
+
+
+def parse_clip(name: str) -> Clip | None:
+    """Parse `<video id>_<start>_<end>`; return None for any other name."""
+    match = CLIP_NAME.fullmatch(name)
+    return Clip(name, match[1], int(match[2]), int(match[3])) if match else None
+
+
+class Keyframe(NamedTuple):
+    """A second of a clip."""
+
+    clip: Clip
+    timestamp: int
+
+    @property
+    def key(self) -> str:
+        """Its key in the pickle."""
+        return f'{self.clip.video_id},{self.timestamp:04d}'
+
+    @property
+    def frame_index(self) -> int:
+        """The number of its frame in the clip, from 0."""
+        return (self.timestamp - self.clip.start) * FPS
 
 
 class Frame(NamedTuple):
-    """A frame to detect people on: its key in the pickle, its clip, its second of the YouTube
-    video, and the file below ROOT that it is read from, with its size in bytes.
-    """
+    """A frame to detect people on, in a file below ROOT."""
+
+    keyframe: Keyframe
+    file: str
+    size: int  # bytes
+
+    @property
+    def identity(self) -> tuple[str, str, int]:
+        """Its key in the cache: the size, not the time, which copying changes."""
+        return self.keyframe.key, self.file, self.size
+
+
+class Detections(NamedTuple):
+    """The people on a frame; `error` says why it could not be read."""
 
     key: str
-    clip: str
-    second: int
-    file: str
-    size: int
-
-    @property
-    def index(self) -> int:
-        """Its number in the clip, from 0."""
-        return (self.second - int(self.clip[-13:-7])) * FPS
-
-    @property
-    def state(self) -> tuple[str, str, int]:
-        """What tells a frame that changed; a time would tell each frame that was copied."""
-        return self.key, self.file, self.size
+    boxes: np.ndarray  # float64 (n, 5) of x1, y1, x2, y2, relative to the frame, and score
+    error: str = ''
 
 
 class Options(NamedTuple):
-    """The data set, the detector and how it runs; gpus is None if a worker uses what it has."""
+    """What a worker needs to know about the data set, the detector and how it runs."""
 
     root: Path
     config: Path
     checkpoint: Path
-    gpus: int | None
+    num_gpus: int | None  # None: a worker of a cluster uses what it has
     score_thr: float
     amp: bool
     batch_size: int | None
     first_frames: tuple[Frame, ...]
+
+
+class Detector(NamedTuple):
+    """A model and its test pipeline on a device."""
+
+    model: Module
+    pipeline: Callable
+    device: str
 
 
 def first_line(error: Exception) -> str:
@@ -138,7 +182,7 @@ def first_line(error: Exception) -> str:
 
 
 def to_path(text: str) -> Path:
-    """The path that an argument names."""
+    """Return the path that an argument names."""
     if not text:
         raise argparse.ArgumentTypeError('it is empty; set its variable as README says')
     return Path(text).expanduser()
@@ -177,12 +221,12 @@ def build_parser() -> argparse.ArgumentParser:
         help='also detect on N seconds before and after each keyframe: 1 as in MMAction2; '
         '0 is enough for training, a third of the work (default: %(default)s)',
     )
-    add_running(parser)
+    add_detector(parser)
     return parser
 
 
-def add_running(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say with which detector and where the step runs."""
+def add_detector(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which detector runs, and where."""
     detector = parser.add_argument_group('detector')
     detector.add_argument(
         '--config',
@@ -218,8 +262,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         '--batch_size',
         type=int,
         metavar='N',
-        help='frames of equal size that the detector takes at once (default: 8 on a GPU, 4 on the '
-        'CPU)',
+        help='frames that the detector takes at once (default: 8 on a GPU, 4 on the CPU)',
     )
     running.add_argument(
         '--dask_scheduler',
@@ -229,7 +272,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    os.getcwd()  # raises OSError where it was deleted, where torch would crash
+    os.getcwd()  # raises OSError if the working directory was deleted; torch would crash
     args = build_parser().parse_args(argv)
     if args.neighbors < 0 or (args.num_gpus or 0) < 0:
         sys.exit('error: --neighbors and --num_gpus must be 0 or more')
@@ -237,113 +280,122 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         sys.exit('error: --batch_size must be 1 or more')
     if not 0 <= args.score_thr < 1:
         sys.exit('error: --score_thr must be at least 0 and below 1')
-    # absolute, since a cluster's workers are in other folders
+    # absolute, since a cluster's workers run in other folders
     root = args.avakinetics_root = args.avakinetics_root.absolute()
-    args.reports = root / 'reports'
     args.datalist = (args.datalist or root / 'kinetics_train.csv').absolute()
-    args.name = args.datalist.stem.removeprefix('kinetics_')
-    part = '' if args.name == 'train' else f'_{args.name}'
+    args.split = args.datalist.stem.removeprefix('kinetics_')
+    part = '' if args.split == 'train' else f'_{args.split}'
     args.picklepath = (args.picklepath or root / f'kinetics{part}_proposal.pkl').absolute()
     args.config = args.config.absolute()
-    for path, wanted in (
-        (args.datalist, 'run Step 5 (prepare_annotation.py) or set --datalist to its csv'),
-        (args.config, 'set --config to an mmdetection config'),
-    ):
-        if not path.is_file():
-            sys.exit(f'error: {path} is not a file; {wanted}')
-    other = dict(train='kinetics_val_proposal.pkl', val='kinetics_proposal.pkl').get(args.name)
-    if other and args.picklepath == root / other:
-        sys.exit(
-            f'error: {args.picklepath} is of the other split; set --picklepath to another file'
-        )
-    if args.picklepath.is_dir() or args.picklepath == args.datalist:
-        sys.exit(f'error: {args.picklepath} is a folder or the list; set --picklepath to a pickle')
     return args
 
 
-def read_datalist(path: Path) -> dict[tuple[str, int], set]:
-    """The annotated boxes of each keyframe (clip, second).
+def check_args(args: argparse.Namespace) -> None:
+    """Exit if a file does not exist, or if the pickle would overwrite something else."""
+    if not args.datalist.is_file():
+        hint = 'run Step 5 (prepare_annotation.py) or set --datalist to its csv'
+        sys.exit(f'error: {args.datalist} is not a file; {hint}')
+    if not args.config.is_file():
+        sys.exit(f'error: {args.config} is not a file; set --config to an mmdetection config')
+    pickles = {'train': 'kinetics_val_proposal.pkl', 'val': 'kinetics_proposal.pkl'}
+    other = pickles.get(args.split)
+    if other and args.picklepath == args.avakinetics_root / other:
+        hint = 'set --picklepath to another file'
+        sys.exit(f'error: {args.picklepath} belongs to the other split; {hint}')
+    if args.picklepath.is_dir() or args.picklepath == args.datalist:
+        sys.exit(f'error: {args.picklepath} is a folder or the list; set --picklepath to a pickle')
 
-    A box is x1, y1, x2, y2, relative to the frame.
-    """
+
+def read_datalist(path: Path) -> dict[Keyframe, Boxes]:
+    """Return the annotated boxes of each keyframe."""
     keyframes = defaultdict(set)
     for number, line in enumerate(path.read_text(errors='replace').splitlines(), 1):
         row = ROW.fullmatch(line)
-        if not row:
+        clip = parse_clip(row[1]) if row else None
+        if not row or not clip:
             sys.exit(f'error: line {number} of {path} was not written by Step 5; run Step 5 again')
-        clip, second, *box = row.groups()
-        keyframes[clip, int(second)].add(tuple(map(float, box)))
+        keyframes[Keyframe(clip, int(row[2]))].add(tuple(map(float, row.groups()[2:])))
     if not keyframes:
         sys.exit(f'error: {path} is empty; run Step 5 again')
     return keyframes
 
 
-def key_of(clip: str, second: int) -> str:
-    """What a keyframe is called in the pickle."""
-    return f'{clip[:11]},{second:04d}'
+def find_frame(root: Path, keyframe: Keyframe) -> Frame:
+    """Find the file with a keyframe: its raw frame or the clip, whichever is newer.
 
-
-def find_file(root: Path, clip: str, second: int) -> tuple[str, int]:
-    """The file below ROOT that a frame is read from, and its size in bytes.
-
-    A raw frame or, if that is missing or older, the clip; the clip, too, where its folder has more
-    frames than its name says. By whole seconds, as tar keeps times.
+    Raw frames do not count if the folder has more of them than the clip's name says. Times are
+    compared by whole seconds, as tar keeps them.
     """
-    image, extra = (
-        f'rawframes/{clip}/img_{(moment - int(clip[-13:-7])) * FPS + 1:05d}.jpg'
-        for moment in (second, int(clip[-6:]))
-    )
-    found, files = [(0, image, 0)], [f'videos/{clip}.mp4']
-    for file in files if os.path.exists(root / extra) else [image, *files]:
+    clip = keyframe.clip
+    image = f'rawframes/{clip.name}/img_{keyframe.frame_index + 1:05d}.jpg'
+    extra = f'rawframes/{clip.name}/img_{clip.num_frames + 1:05d}.jpg'
+    files = [f'videos/{clip.name}.mp4']
+    if not os.path.exists(root / extra):
+        files.insert(0, image)
+    frame = Frame(keyframe, image, 0)  # if neither exists
+    newest = -1
+    for file in files:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            state = os.stat(root / file)
-            found.append((int(state.st_mtime), file, state.st_size))
-    return max(found, key=lambda file: file[0])[1:]
+            status = os.stat(root / file)
+            if int(status.st_mtime) > newest:
+                newest = int(status.st_mtime)
+                frame = Frame(keyframe, file, status.st_size)
+    return frame
 
 
-def plan_frames(keyframes: Iterable[tuple[str, int]], neighbors: int, root: Path) -> list[Frame]:
-    """Each keyframe (clip, second) and its neighbours within the clip, each second once.
+def plan_frames(keyframes: Iterable[Keyframe], neighbors: int, root: Path) -> list[Frame]:
+    """Return the frames of keyframes and of their neighbors within the clip, each second once.
 
-    A keyframe is read from its own clip, where two clips hold it.
+    If two clips cover a keyframe, it is read from the one that it is annotated in.
     """
-    planned = {}
+    planned: dict[str, Keyframe] = {}
     for distance in sorted(range(-neighbors, neighbors + 1), key=abs):
-        for clip, second in keyframes:
-            if int(clip[-13:-7]) <= second + distance < int(clip[-6:]):
-                planned.setdefault(key_of(clip, second + distance), (clip, second + distance))
-    ordered = sorted(planned.items(), key=lambda item: item[1])
-    return [Frame(key, *where, *find_file(root, *where)) for key, where in ordered]
+        for clip, timestamp in keyframes:
+            neighbor = Keyframe(clip, timestamp + distance)
+            if clip.start <= neighbor.timestamp < clip.end:
+                planned.setdefault(neighbor.key, neighbor)
+    return [find_frame(root, keyframe) for keyframe in sorted(planned.values())]
+
+
+def read_raw_frame(path: Path) -> np.ndarray:
+    """Read a JPEG as BGR uint8 (H, W, 3); a ValueError says why that fails."""
+    import cv2
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    # OpenCV fills the rest of a truncated JPEG with grey
+    if not data.rstrip(b'\0').endswith(b'\xff\xd9'):
+        raise ValueError('not a complete JPEG')
+    image = None
+    with contextlib.suppress(cv2.error):  # a header that claims billions of pixels
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise ValueError('broken JPEG')
+    return image
 
 
 def read_frame(root: Path, frame: Frame) -> np.ndarray:
-    """A frame as BGR uint8 (H, W, 3); ValueError says why it cannot be read."""
-    import cv2
-
-    if frame.file.endswith('.mp4'):
-        import decord  # after torch, whose convolutions crash otherwise (decord2 3.4, torch 2.14)
-
-        decord.logging.set_level(decord.logging.QUIET)
+    """Read a frame from its file as BGR uint8 (H, W, 3); a ValueError says why that fails."""
+    if not frame.file.endswith('.mp4'):
         try:
-            video = decord.VideoReader(str(root / frame.file), num_threads=1)
-            return np.ascontiguousarray(video[frame.index].asnumpy()[..., ::-1])
-        except (decord.DECORDError, RuntimeError, IndexError):
-            raise ValueError(f'frame {frame.index + 1} of {frame.file} cannot be decoded') from None
+            return read_raw_frame(root / frame.file)
+        except ValueError as error:
+            raise ValueError(f'{error} {frame.file}') from None
+    import decord  # after torch, whose convolutions crash otherwise (decord2 3.4, torch 2.14)
+
+    decord.logging.set_level(decord.logging.QUIET)
+    index = frame.keyframe.frame_index
     try:
-        data = (root / frame.file).read_bytes()
-    except OSError as error:
-        raise ValueError(f'{error.strerror} {frame.file}') from None
-    # OpenCV fills the rest of a truncated JPEG with grey
-    if not data.rstrip(b'\0').endswith(b'\xff\xd9'):
-        raise ValueError(f'not a complete JPEG {frame.file}')
-    with contextlib.suppress(cv2.error):  # a header that claims billions of pixels
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        if image is not None:
-            return image
-    raise ValueError(f'broken JPEG {frame.file}')
+        video = decord.VideoReader(str(root / frame.file), num_threads=1)
+        return np.ascontiguousarray(video[index].asnumpy()[..., ::-1])
+    except (decord.DECORDError, RuntimeError, IndexError):
+        raise ValueError(f'frame {index + 1} of {frame.file} cannot be decoded') from None
 
 
-def local_checkpoint(source: str) -> Path:
-    """The file of a checkpoint; a URL is downloaded once, to where PyTorch keeps such files."""
+def find_checkpoint(source: str) -> Path:
+    """Return the file of a checkpoint; download a URL once, to where PyTorch keeps such files."""
     path = Path(source).expanduser().absolute()
     if re.match(r'https?://', source):
         import torch
@@ -353,7 +405,7 @@ def local_checkpoint(source: str) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                torch.hub.download_url_to_file(source, str(path), digest and digest[1])
+                torch.hub.download_url_to_file(source, str(path), digest[1] if digest else None)
         except (OSError, RuntimeError, HTTPException) as error:
             reason = f'cannot be downloaded ({error}); give a file with --checkpoint'
             sys.exit(f'error: {source} {reason}')
@@ -397,15 +449,18 @@ def use_torchvision_operators() -> None:
 
     if importlib.util.find_spec('mmcv._ext'):  # a built mmcv has all of them
         return
-    module = types.ModuleType('mmcv._ext')
-    module.__spec__ = ModuleSpec('mmcv._ext', BuiltinImporter)  # mmengine asks whether there is one
-    module.nms, module.roi_align_forward = torchvision_nms, torchvision_roi_align
-    module.ms_deform_attn_forward, module.__getattr__ = deformable_attention, unavailable
+    module: Any = types.ModuleType('mmcv._ext')
+    # mmengine asks whether it has a loader, of any kind
+    module.__spec__ = ModuleSpec('mmcv._ext', BuiltinImporter)  # type: ignore[arg-type]
+    module.nms = torchvision_nms
+    module.roi_align_forward = torchvision_roi_align
+    module.ms_deform_attn_forward = deformable_attention
+    module.__getattr__ = unavailable
     sys.modules['mmcv._ext'] = module  # where mmcv.ops looks for them when it is imported
 
 
 def load_config(path: Path, custom_imports: bool):
-    """The detector's config; its own imports, which take seconds, may be left out."""
+    """Load the detector's config; its own imports, which take seconds, may be left out."""
     from mmengine.config import Config
 
     try:
@@ -415,13 +470,10 @@ def load_config(path: Path, custom_imports: bool):
         raise DetectorError(f'{path} {reason}') from None
 
 
-def build_detector(config_path: Path, checkpoint: Path) -> tuple[Module, Callable]:
-    """The config's model with the checkpoint's weights, on the CPU, and its test pipeline."""
+def build_model(config_path: Path) -> tuple[Module, Callable]:
+    """Build a config's model, on the CPU, and its test pipeline."""
     use_torchvision_operators()
-    config = load_config(config_path, True)
-    import torch
-    from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
-
+    config = load_config(config_path, custom_imports=True)
     try:
         from mmcv.transforms import Compose
         from mmdet.registry import MODELS
@@ -432,17 +484,24 @@ def build_detector(config_path: Path, checkpoint: Path) -> tuple[Module, Callabl
         model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
         pipeline = get_test_pipeline_cfg(config)
         pipeline[0].type = 'mmdet.LoadImageFromNDArray'
-        pipeline = Compose(pipeline)
+        return model, Compose(pipeline)
     except Exception as error:  # a config may name any class; mmdet refuses other mmcvs
         reason = f'does not build a detector: {first_line(error)}'
         raise DetectorError(f'{config_path} {reason}') from None
+
+
+def load_weights(model: Module, checkpoint: Path) -> None:
+    """Load a weights-only checkpoint into the model that it was made for."""
+    import torch
+    from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
     try:
         loaded = torch.load(checkpoint, map_location='cpu', weights_only=True)
         weights = loaded.get('state_dict', loaded)
         consume_prefix_in_state_dict_if_present(weights, 'module.')  # of data parallel training
     except Exception as error:  # a damaged pickle may make torch raise anything
         raise DetectorError(
-            f'{checkpoint} is damaged, no checkpoint, or holds more than weights '
+            f'{checkpoint} is damaged, not a checkpoint, or holds more than weights '
             f'({type(error).__name__}); if it was downloaded, delete it and run again; if it is '
             'your own, save its state_dict alone'
         ) from None
@@ -459,36 +518,34 @@ def build_detector(config_path: Path, checkpoint: Path) -> tuple[Module, Callabl
             f'{checkpoint} does not fit the config: {len(differing)} tensors differ, first '
             f'{", ".join(differing[:3])}; give the --config that it was trained with'
         )
-    return model, pipeline
 
 
-def own_device(gpus: int | None) -> str:
-    """The device of this process: process number k has GPU k modulo the number of GPUs."""
+def choose_device(num_gpus: int | None) -> str:
+    """Return the device of this process: process number k takes GPU k modulo the number of GPUs."""
     import torch
 
-    if gpus is None:
-        gpus = min(1, torch.cuda.device_count())
+    if num_gpus is None:
+        num_gpus = min(1, torch.cuda.device_count())
     number = re.search(r'SpawnProcess-(\d+)', current_process().name)
-    return f'cuda:{int(number[1]) % gpus if number else 0}' if gpus else 'cpu'
+    return f'cuda:{int(number[1]) % num_gpus if number else 0}' if num_gpus else 'cpu'
 
 
 def predict(model: Module, batch: list[dict], device: str, amp: bool) -> list:
-    """The detector's answers to frames that are padded to the same size."""
+    """Run the model on frames that are padded to the same size; return a result for each."""
     import torch
 
     # float16 is more exact than bfloat16, but slow on CPUs
     kind = device.split(':')[0]
     half = torch.bfloat16 if kind == 'cpu' else torch.float16
-    names = 'inputs', 'data_samples'
+    data = {name: [frame[name] for frame in batch] for name in ('inputs', 'data_samples')}
     with torch.no_grad(), torch.autocast(kind, half, enabled=amp):
-        return model.test_step({name: [data[name] for data in batch] for name in names})
+        return model.test_step(data)  # type: ignore[operator]  # a method of mmdet's models
 
 
-def people_of(answer, score_thr: float) -> np.ndarray:
-    """The people in a detector's answer: float64 (n, 5) of x1, y1, x2, y2, relative, clipped to
-    [0, 1], and score.
-    """
-    found, (height, width) = answer.pred_instances, answer.ori_shape
+def extract_people(result, score_thr: float) -> np.ndarray:
+    """Return the people in a model's result, as Detections.boxes has them, clipped to the frame."""
+    height, width = result.ori_shape
+    found = result.pred_instances
     found = found[(found.labels == PERSON) & (found.scores > score_thr)]
     boxes = np.clip(found.bboxes.double().cpu().numpy() / [width, height, width, height], 0, 1)
     people = np.column_stack([boxes, found.scores.double().cpu().numpy()])
@@ -496,119 +553,134 @@ def people_of(answer, score_thr: float) -> np.ndarray:
     return people[(boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])]
 
 
-def same_people(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    """Whether at least half of the clear detections of both (n, 5) have a match in the other: a
-    broken device finds nearly none.
+def boxes_agree(first: np.ndarray, second: np.ndarray) -> bool:
+    """Return whether at least half of the clear boxes of both (n, 5) match one in the other.
+
+    That is loose, since a broken device matches almost none.
     """
-    near = [MAX_BOX_SHIFT] * 4 + [MAX_SCORE_SHIFT]
+    tolerance = [MAX_BOX_SHIFT] * 4 + [MAX_SCORE_SHIFT]
     matched = [
-        (abs(others - person) < near).all(axis=1).any()
-        for people, others in ((ours, theirs), (theirs, ours))
-        for person in people[people[:, 4] > CLEAR_SCORE]
+        (abs(others - box) < tolerance).all(axis=1).any()
+        for boxes, others in ((first, second), (second, first))
+        for box in boxes[boxes[:, 4] > CLEAR_SCORE]
     ]
     return sum(matched) >= len(matched) / 2
 
 
 @functools.lru_cache(maxsize=1)
-def start_detector(options: Options) -> tuple[Module, Callable, str]:
-    """The detector on the device of this process, and its pipeline.
+def start_detector(options: Options) -> Detector:
+    """Start the detector on the device of this process.
 
-    Raises DetectorError if a GPU does not find whom the CPU finds in float32.
+    Raises DetectorError if a GPU does not find the people that the CPU finds in float32.
     """
-    model, pipeline = build_detector(options.config, options.checkpoint)
-    device = own_device(options.gpus)
+    model, pipeline = build_model(options.config)
+    load_weights(model, options.checkpoint)
+    device = choose_device(options.num_gpus)
     if device == 'cpu':
-        return model, pipeline, device
+        return Detector(model, pipeline, device)
     loaded = load_frames(options.first_frames, options.root, pipeline)
-    first = [data for _, data in loaded if isinstance(data, dict)]
-    people = []
+    first = [data for _, data, error in loaded if not error]
+    boxes = []
     try:
         for where, amp in ('cpu', False), (device, options.amp):
             model.to(where)
-            people.append([people_of(predict(model, [data], where, amp)[0], 0) for data in first])
+            results = [predict(model, [data], where, amp)[0] for data in first]
+            boxes.append([extract_people(result, 0) for result in results])
     except Exception as error:  # whatever an arbitrary model, or a broken device, raises
         raise DetectorError(f'the detector cannot run: {first_line(error)}') from None
-    if not all(map(same_people, *people)):
-        raise DetectorError(f'the detector is wrong on {device}: the CPU finds other people')
-    return model, pipeline, device
+    if not all(map(boxes_agree, *boxes)):
+        raise DetectorError(f'{device} and the CPU disagree on the first frames')
+    return Detector(model, pipeline, device)
 
 
 def load_frames(
     frames: Iterable[Frame], root: Path, pipeline: Callable
-) -> Iterator[tuple[Frame, dict | str]]:
-    """Frames in their order, each with what the test pipeline makes of it, or why it cannot."""
+) -> Iterator[tuple[Frame, dict, str]]:
+    """Yield (frame, what the test pipeline makes of it, why that failed) in the frames' order.
 
-    def load(frame: Frame) -> tuple[Frame, dict | str]:
+    Frames are loaded ahead in threads, since decoding and resizing let other threads run.
+    """
+
+    def load(frame: Frame) -> tuple[Frame, dict, str]:
         try:
             image = read_frame(root, frame)
         except ValueError as error:
-            return frame, f'unreadable frame: {error}'
+            return frame, {}, f'unreadable frame: {error}'
         try:
-            return frame, pipeline(dict(img=image, img_id=0))
+            return frame, pipeline({'img': image, 'img_id': 0}), ''
         except Exception as error:  # of an arbitrary pipeline; OpenCV has limits, too
-            return frame, f'frame that the test pipeline cannot take: {first_line(error)}'
+            return frame, {}, f'frame that the test pipeline cannot take: {first_line(error)}'
 
-    ahead = deque()
-    with ThreadPoolExecutor(LOADERS) as threads:  # decoding and resizing let other threads run
+    loading: deque[Future] = deque()
+    with ThreadPoolExecutor(NUM_LOADERS) as threads:
         for frame in frames:
-            ahead.append(threads.submit(load, frame))
-            if len(ahead) > 2 * LOADERS:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            loading.append(threads.submit(load, frame))
+            if len(loading) > 2 * NUM_LOADERS:
+                yield loading.popleft().result()
+        while loading:
+            yield loading.popleft().result()
 
 
-def detect(frames: list[Frame], options: Options) -> list[tuple[str, np.ndarray | str]]:
-    """The key of each frame with its people, or with the reason why it cannot be read.
+def detect_batch(
+    batch: list[tuple[Frame, dict]], detector: Detector, options: Options
+) -> list[Detections]:
+    """Detect people on loaded frames that are padded to the same size."""
+    try:
+        results = predict(detector.model, [data for _, data in batch], detector.device, options.amp)
+    except Exception as error:  # whatever an arbitrary model raises: CUDA errors, wrong shapes
+        raise DetectorError(
+            f'the detector failed on {batch[0][0].keyframe.key}: {first_line(error)}; run the same '
+            'command again, with a smaller --batch_size if memory is short'
+        ) from None
+    return [
+        Detections(frame.keyframe.key, extract_people(result, options.score_thr))
+        for (frame, _), result in zip(batch, results)
+    ]
 
-    Frames go through the detector with others that are padded to the same size, so that none gets
-    more padding than it would alone.
+
+def detect(frames: list[Frame], options: Options) -> list[Detections]:
+    """Detect people on frames.
+
+    A batch has frames that are padded to the same size, so that none gets more padding than alone.
     """
-    model, pipeline, device = start_detector(options)
-    size = options.batch_size or (4 if device == 'cpu' else 8)
-    multiple = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
-    found, batches = [], defaultdict(list)
-
-    def flush(batch: list[tuple[Frame, dict]]) -> None:
-        try:
-            answers = predict(model, [data for _, data in batch], device, options.amp)
-        except Exception as error:  # whatever an arbitrary model raises: CUDA errors, wrong shapes
-            raise DetectorError(
-                f'the detector failed on {batch[0][0].key}: {first_line(error)}; run the same '
-                'command again, with a smaller --batch_size if memory is short'
-            ) from None
-        for (frame, _), answer in zip(batch, answers):
-            found.append((frame.key, people_of(answer, options.score_thr)))
-        batch.clear()
-
-    for frame, data in load_frames(frames, options.root, pipeline):
-        if isinstance(data, str):
-            found.append((frame.key, data))
+    detector = start_detector(options)
+    batch_size = options.batch_size or (4 if detector.device == 'cpu' else 8)
+    divisor = getattr(detector.model.data_preprocessor, 'pad_size_divisor', 1)
+    detections = []
+    batches = defaultdict(list)
+    for frame, data, error in load_frames(frames, options.root, detector.pipeline):
+        if error:
+            detections.append(Detections(frame.keyframe.key, np.empty((0, 5)), error))
             continue
-        batch = batches[tuple(-(-side // multiple) for side in data['inputs'].shape[1:])]
-        batch.append((frame, data))
-        if len(batch) == size:
-            flush(batch)
-    for batch in filter(None, batches.values()):
-        flush(batch)
-    return found
+        padded = tuple(-(-side // divisor) for side in data['inputs'].shape[1:])
+        batches[padded].append((frame, data))
+        if len(batches[padded]) == batch_size:
+            detections += detect_batch(batches.pop(padded), detector, options)
+    for batch in batches.values():
+        detections += detect_batch(batch, detector, options)
+    return detections
 
 
-def shield() -> None:
+def init_worker() -> None:
     """Make a worker ignore Ctrl-C, which is for its parent, and die with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def connect(address: str) -> tuple[Client, type]:
-    """A client of a Dask scheduler, and the error of items whose workers died."""
+def connect(address: str) -> tuple[Executor, type[Exception]]:
+    """Connect to a Dask cluster; return its executor and the error it raises for killed workers.
+
+    Uploads this script, so that workers can import it.
+    """
     try:
         import dask
         from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    dask.config.set({'distributed.admin.large-graph-warning-threshold': '1 GB'})  # not at a video
+    dask.config.set(
+        {'distributed.admin.large-graph-warning-threshold': '1 GB'}
+    )  # a video exceeds the default
     logging.disable()  # Dask would log tracebacks of errors that are reported in one line
     try:
         client = Client(address, timeout=10)
@@ -617,76 +689,83 @@ def connect(address: str) -> tuple[Client, type]:
         client.upload_file(__file__)
     except (OSError, ValueError) as error:
         sys.exit(f'error: no Dask scheduler with workers at {address}: {error}'.split('\n')[0])
-    return client, KilledWorker
+    return client.get_executor(pure=False), KilledWorker
 
 
 def run_all(
-    function: Callable, items: Iterable[tuple], args: argparse.Namespace
-) -> Iterator[tuple]:
-    """Yield (item, answer) in any order; the answer is GIVEN_UP where an item's workers died.
+    function: Callable, items: Iterable, options: tuple, num_workers: int, scheduler: str | None
+) -> Generator[tuple[Any, Any], None, None]:
+    """Yield (item, function(item, options)) as items are done.
 
-    Items are taken as workers get free.
+    Runs in this process, in local processes or on a Dask cluster; there, the result of an item that
+    killed its workers is None. Takes items as workers become free.
     """
-    workers = args.num_workers if args.num_workers > 0 else cpu_count()
-    if workers == 1 and not args.dask_scheduler:  # in this process, where a debugger reaches it
-        yield from ((item, function(*item)) for item in items)
+    if num_workers == 1 and not scheduler:  # in this process, where a debugger can stop it
+        yield from ((item, function(item, options)) for item in items)
         return
-    if args.dask_scheduler:
-        client, killed = connect(args.dask_scheduler)
-        executor, ahead = client.get_executor(pure=False), AHEAD
+    worker_died: type[Exception] | tuple = ()  # catches nothing
+    limit = MAX_QUEUED
+    if scheduler:
+        executor, worker_died = connect(scheduler)
     else:
-        executor, ahead = ProcessPoolExecutor(workers, get_context('spawn'), shield), 2 * workers
-        killed = ()  # catches nothing
-    waiting, todo = iter(items), {}
+        num_workers = cpu_count() if num_workers == -1 else num_workers
+        executor = ProcessPoolExecutor(num_workers, get_context('spawn'), init_worker)
+        limit = 2 * num_workers
+    waiting = iter(items)
+    running: dict[Future, Any] = {}
     try:
         while True:
-            for item in islice(waiting, ahead - len(todo)):
-                todo[executor.submit(function, *item)] = item
-            if not todo:
+            for item in islice(waiting, limit - len(running)):
+                running[executor.submit(function, item, options)] = item
+            if not running:
                 break
-            for future in wait(todo, return_when=FIRST_COMPLETED).done:
-                item = todo.pop(future)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                item = running.pop(future)
                 try:
                     yield item, future.result()
-                except killed:
-                    yield item, GIVEN_UP
+                except worker_died:
+                    yield item, None
     except BrokenProcessPool:
         sys.exit(
-            'error: a worker process was killed, as it happens when memory runs out; run the same '
+            'error: a worker process was killed, as happens when memory runs out; run the same '
             'command again, with fewer processes'
         )
     except CancelledError:
         sys.exit('error: the Dask scheduler went away; run the same command again')
     finally:
-        for child in active_children() if todo else ():  # interrupted
-            child.kill()
-        executor.shutdown(wait=not (killed and todo))  # a cluster's items are cancelled
+        if running:  # interrupted: do not wait for workers
+            for child in active_children():
+                child.kill()
+        executor.shutdown(wait=not (scheduler and running))  # Dask cancels what is running
 
 
-def read_detections(path: Path, identity: str, score_thr: float) -> dict[tuple, np.ndarray]:
-    """(key, file, size) of each frame that this detector was run on -> its people (n, 5).
+def read_cache(path: Path, detector_id: str, score_thr: float) -> dict[tuple, np.ndarray]:
+    """Return the cached boxes (n, 5) of each frame, by Frame.identity, that this detector found.
 
-    The file holds JSON lines: each run appends one for its detector and --score_thr, then one for
-    each frame. After a damaged line all is ignored up to the next detector's.
+    The file has JSON lines: each run appends one for its detector and --score_thr, then one for
+    each frame. A malformed line, and all after it up to the next detector's, is ignored.
     """
-    known, ours = {}, False
+    cached = {}
+    is_same_detector = False
     with open(path, encoding='utf-8', errors='replace') as file:
         for line in file:
             try:
-                noted = json.loads(line)
-                if 'detector' in noted:
-                    ours = noted['detector'] == identity and noted['score_thr'] <= score_thr
-                elif ours:
-                    *state, people = (noted[name] for name in NOTED)
-                    known[tuple(state)] = np.array(people, float).reshape(-1, 5)
+                record = json.loads(line)
+                if 'detector' in record:
+                    same = record['detector'] == detector_id
+                    is_same_detector = same and record['score_thr'] <= score_thr
+                elif is_same_detector:
+                    identity = record['key'], record['file'], record['size']
+                    cached[identity] = np.array(record['people'], float).reshape(-1, 5)
             except (ValueError, TypeError, KeyError):
-                ours = False
-    return known
+                is_same_detector = False
+    return cached
 
 
 class Pickler(pickle.Pickler):
-    """Writes arrays so that NumPy 1.21 to 2.x can read them: by public names, `numpy._core` is
-    unknown to NumPy 1.
+    """Writes arrays so that NumPy 1.21 to 2.x can read them.
+
+    Names numpy.ndarray, not a function of numpy._core, which NumPy 1 does not have.
     """
 
     def reducer_override(self, value):
@@ -695,8 +774,8 @@ class Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file, which appears when it is complete; nothing changes if the content is equal."""
+def write_if_changed(path: Path, content: bytes) -> None:
+    """Write a file atomically; leave an equal one as it is."""
     part = path.with_suffix('.part')
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_bytes() != content:
@@ -707,40 +786,52 @@ def write(path: Path, content: bytes) -> None:
 def write_csv(path: Path, rows: list[tuple]) -> None:
     table = io.StringIO()
     csv.writer(table, lineterminator='\n').writerows(rows)
-    write(path, table.getvalue().encode('utf-8', 'backslashreplace'))
+    write_if_changed(path, table.getvalue().encode('utf-8', 'backslashreplace'))
 
 
-def overlaps_of(boxes: set, people: np.ndarray) -> np.ndarray:
-    """Return the IoU (n, m) of each annotated box with each proposal of its keyframe."""
-    import torch
-    from torchvision.ops import box_iou
+def compute_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the intersection over union (n, m) of boxes (n, 4) with others (m, 4).
 
-    annotated = torch.tensor(sorted(boxes), dtype=torch.float64)
-    return box_iou(annotated, torch.from_numpy(people[:, :4])).numpy()
+    torchvision has it, too, but takes four seconds to import.
+    """
+    top_left = np.maximum(boxes[:, None, :2], others[:, :2])
+    bottom_right = np.minimum(boxes[:, None, 2:], others[:, 2:])
+    intersection = np.clip(bottom_right - top_left, 0, None).prod(axis=2)
+    areas, other_areas = ((some[:, 2:] - some[:, :2]).prod(axis=1) for some in (boxes, others))
+    return intersection / (areas[:, None] + other_areas - intersection)
 
 
-def report_recall(path: Path, keyframes: dict[tuple, set], proposals: dict) -> str | None:
-    """List how well the proposals match the annotated boxes of each keyframe, the worst first.
+def count_matched(annotated: Boxes, proposals: np.ndarray) -> list:
+    """Count the annotated boxes that proposals (m, 5) match: by all and by those kept, at each IoU.
 
-    Returns the warning that is printed where they hardly match.
+    The last item is the IoU of the box that is matched worst.
+    """
+    ious = compute_iou(np.array(sorted(annotated)), proposals[:, :4])
+    kept = proposals[:, 4] >= min(KEPT_SCORE, proposals[:, 4].max(initial=0))  # or the best one
+    best = ious.max(axis=1, initial=0)
+    best_kept = ious[:, kept].max(axis=1, initial=0)
+    counts = [(some >= iou).sum() for some in (best, best_kept) for iou in (LOOSE_IOU, STRICT_IOU)]
+    return [*counts, f'{best.min():.3f}']
+
+
+def report_recall(path: Path, keyframes: dict[Keyframe, Boxes], proposals: dict) -> str | None:
+    """Report how well the proposals match the annotated boxes of each keyframe, the worst first.
+
+    Prints a summary. If they hardly match, prints and returns a warning.
     """
     rows = []
-    for (clip, second), boxes in keyframes.items():
-        people = proposals.get(key_of(clip, second), np.empty((0, 5)))
-        overlaps = overlaps_of(boxes, people)
-        kept = overlaps[:, people[:, 4] >= min(KEPT_SCORE, people[:, 4].max(initial=0))]
-        best = [some.max(axis=1, initial=0) for some in (overlaps, kept)]
-        matched = [(some >= least).sum() for some in best for least in (LOOSE, STRICT)]
-        worst = f'{best[0].min():.3f}'
-        rows.append((clip, second, len(boxes), len(people), *matched, worst))
+    for keyframe, boxes in keyframes.items():
+        found = proposals.get(keyframe.key, np.empty((0, 5)))
+        counts = (len(boxes), len(found), *count_matched(boxes, found))
+        rows.append((keyframe.clip.name, keyframe.timestamp, *counts))
     rows.sort(key=lambda row: (row[-1], row))
-    write_csv(path, [RECALL, *rows])
+    write_csv(path, [tuple(RECALL), *rows])
     if not rows:
         return None
-    boxes, _, *matched = np.sum([row[2:-1] for row in rows], axis=0)
-    recall, strict, kept, kept_strict = (count / boxes for count in matched)
+    num_boxes, _, *matched = np.sum([row[2:-1] for row in rows], axis=0)
+    recall, strict, kept, kept_strict = (count / num_boxes for count in matched)
     print(
-        f'  recall of {boxes:,} annotated boxes:{"IoU 0.5":>12}{"0.75":>9}\n'
+        f'  recall of {num_boxes:,} annotated boxes:{"IoU 0.5":>12}{"0.75":>9}\n'
         f'    all proposals{recall:26.1%}{strict:9.1%}\n'
         f'    those that MMAction2 keeps{kept:13.1%}{kept_strict:9.1%}\n'
         f'    worst keyframes first: {path}'
@@ -761,138 +852,177 @@ def digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def count_gpus(wanted: int | None) -> int:
+    """Return how many GPUs to use: as many as wanted, or all; say so if there is none."""
+    import torch
+
+    visible = torch.cuda.device_count()
+    if wanted is None and not visible:
+        tqdm.write('no GPU is visible to PyTorch: the CPU is used')
+    if wanted is not None and wanted > visible:
+        sys.exit(f'error: GPUs visible to PyTorch: {visible}, not {wanted}; check its build')
+    return visible if wanted is None else wanted
+
+
 def detect_all(
     frames: list[Frame], args: argparse.Namespace, checkpoint: Path
-) -> Iterator[list[tuple[str, np.ndarray | str]]]:
-    """Yield what `detect` returns for each chunk: from the cluster, the GPUs or the CPU."""
-    gpus = None
-    if not args.dask_scheduler:
-        import torch
-
-        visible = torch.cuda.device_count()
-        gpus = visible if args.num_gpus is None else args.num_gpus
-        if gpus > visible:
-            sys.exit(f'error: GPUs visible to PyTorch: {visible}, not {gpus}; check its build')
-        if args.num_gpus is None and not gpus:
-            tqdm.write('no GPU is visible to PyTorch: the CPU is used')
-    args.num_workers = gpus or 1
+) -> Iterator[list[Detections]]:
+    """Yield the detections of chunks of frames, on the cluster, the GPUs or the CPU."""
+    num_gpus = None if args.dask_scheduler else count_gpus(args.num_gpus)
     options = Options(
         args.avakinetics_root,
         args.config,
         checkpoint,
-        gpus,
+        num_gpus,
         args.score_thr,
         args.amp,
         args.batch_size,
         tuple(frames[:FIRST_FRAMES]),
     )
-    size = CPU_CHUNK if gpus == 0 else CHUNK
-    chunks = [(frames[first : first + size], options) for first in range(0, len(frames), size)]
-    with contextlib.closing(run_all(detect, chunks, args)) as answers:
-        for (chunk, _), found in answers:
-            yield [(frame.key, found) for frame in chunk] if found == GIVEN_UP else found
+    size = CPU_CHUNK if num_gpus == 0 else CHUNK
+    chunks = [frames[first : first + size] for first in range(0, len(frames), size)]
+    results = run_all(detect, chunks, options, num_gpus or 1, args.dask_scheduler)
+    with contextlib.closing(results):
+        for chunk, detections in results:
+            nothing = np.empty((0, 5))
+            yield detections or [
+                Detections(frame.keyframe.key, nothing, GIVEN_UP) for frame in chunk
+            ]
+
+
+def identify_detector(args: argparse.Namespace, checkpoint: Path) -> str:
+    """Return what tells detectors apart: digests of the config and the weights, the precision."""
+    config = load_config(args.config, custom_imports=False)
+    settings = [config.get(name) for name in ('model', 'test_dataloader', 'custom_imports')]
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return f'{digest_of(text.encode())} {digest_of(checkpoint.read_bytes())} {args.amp}'
 
 
 def detect_missing(
     frames: dict[str, Frame], checkpoint: Path, args: argparse.Namespace
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The people on each frame, and why others cannot be read; keeps what is detected now."""
-    config = load_config(args.config, False)
-    settings = [config.get(name) for name in ('model', 'test_dataloader', 'custom_imports')]
-    settings = json.dumps(settings, sort_keys=True, default=str)
-    identity = f'{digest_of(settings.encode())} {digest_of(checkpoint.read_bytes())} {args.amp}'
-    notes = args.picklepath.with_name(f'{args.picklepath.name}.frames.jsonl')
-    known = read_detections(notes, identity, args.score_thr) if notes.exists() else {}
-    people = {key: known[frame.state] for key, frame in frames.items() if frame.state in known}
-    left, unreadable = [frame for key, frame in frames.items() if key not in people], {}
-    print(f'frames to detect: {len(left):,}, detected before: {len(people):,}', flush=True)
-    if not left:
-        return people, unreadable
-    notes.parent.mkdir(parents=True, exist_ok=True)
+    """Return the boxes on each frame, and why other frames failed; detect what is not cached."""
+    # look up what earlier runs detected
+    detector_id = identify_detector(args, checkpoint)
+    cache = args.picklepath.with_name(f'{args.picklepath.name}.frames.jsonl')
+    cached = read_cache(cache, detector_id, args.score_thr) if cache.exists() else {}
+    found = {
+        key: cached[frame.identity] for key, frame in frames.items() if frame.identity in cached
+    }
+    missing = [frame for key, frame in frames.items() if key not in found]
+    failed: dict[str, str] = {}
+    print(f'frames to detect: {len(missing):,}, detected before: {len(found):,}', flush=True)
+    if not missing:
+        return found, failed
+
+    # detect the others
+    cache.parent.mkdir(parents=True, exist_ok=True)
     with (
-        open(notes, 'a', encoding='utf-8', buffering=1) as file,  # a line at once
-        tqdm(desc='detect', total=len(left), unit='frame', smoothing=0, leave=False) as bar,
+        open(cache, 'a', encoding='utf-8', buffering=1) as file,  # a line at once
+        tqdm(desc='detect', total=len(missing), unit='frame', smoothing=0, leave=False) as bar,
     ):
-        start = json.dumps(dict(detector=identity, score_thr=args.score_thr))
-        file.write(f'\n{start}\n')  # on a line of its own after a torn one
-        for chunk in detect_all(left, args, checkpoint):
-            if not bar.n:  # the clock starts once the detector runs
+        start = json.dumps({'detector': detector_id, 'score_thr': args.score_thr})
+        file.write(f'\n{start}\n')  # on a new line, after one that a kill cut off
+        for chunk in detect_all(missing, args, checkpoint):
+            if not bar.n:  # the detector's start is no part of the estimated time
                 bar.reset()
                 bar.initial = len(chunk)
             bar.update(len(chunk))
-            for key, found in chunk:
-                if isinstance(found, str):
-                    unreadable[key] = found
-                else:
-                    people[key], noted = found, (*frames[key].state, found.tolist())
-                    file.write(json.dumps(dict(zip(NOTED, noted))) + '\n')
-    return people, unreadable
+            for key, boxes, error in chunk:
+                if error:
+                    failed[key] = error
+                    continue
+                found[key] = boxes
+                record = dict(zip(('key', 'file', 'size'), frames[key].identity))
+                file.write(json.dumps(record | {'people': boxes.tolist()}) + '\n')
+    return found, failed
 
 
-def write_proposals(people: dict[str, np.ndarray], listed: str, args: argparse.Namespace) -> dict:
-    """Write the pickle, with the digest of the list; returns the proposals."""
+def write_proposals(path: Path, found: dict[str, np.ndarray], score_thr: float) -> dict:
+    """Write the pickle of the boxes that score enough; return what it holds."""
     proposals = {
         key: kept
-        for key, found in sorted(people.items())
-        if len(kept := found[found[:, 4] > args.score_thr])
+        for key, boxes in sorted(found.items())
+        if len(kept := boxes[boxes[:, 4] > score_thr])
     }
     content = io.BytesIO()
     Pickler(content, protocol=4).dump(proposals)
-    # a trailer, which unpicklers ignore: Step 7 refuses a pickle of another list
-    content.write(f'\nmade of {listed}\n'.encode())
-    write(args.picklepath, content.getvalue())
+    write_if_changed(path, content.getvalue())
     return proposals
 
 
-def record(warning: str | None, unreadable: list[Frame], args: argparse.Namespace) -> None:
-    """Write how the proposals were made and, for Step 7b, the files that cannot be read."""
-    used = {name: getattr(args, name) for name in ('checkpoint', 'score_thr', 'neighbors', 'amp')}
-    used |= {name: version(name) for name in ('torch', 'mmdet')} | dict(config=args.config.name)
-    used |= dict(warning=warning, unreadable={frame.file: frame.size for frame in unreadable})
-    write(args.reports / f'fetch_proposal_{args.name}.json', json.dumps(used).encode())
+def write_record(
+    warning: str | None, unreadable: list[Frame], datalist_digest: str, args: argparse.Namespace
+) -> None:
+    """Record how the proposals were made, and which files cannot be read, for Step 7."""
+    names = ('checkpoint', 'score_thr', 'neighbors', 'amp')
+    record = {name: getattr(args, name) for name in names}
+    record |= {name: version(name) for name in ('torch', 'mmdet')}
+    record |= {
+        'config': args.config.name,
+        'warning': warning,
+        'unreadable': {frame.file: frame.size for frame in unreadable},
+        'datalist_sha256': datalist_digest,
+        'proposals_sha256': digest_of(args.picklepath.read_bytes()),
+    }
+    path = args.avakinetics_root / f'reports/fetch_proposal_{args.split}.json'
+    write_if_changed(path, json.dumps(record).encode())
 
 
 def fetch(args: argparse.Namespace) -> None:
-    """Detect what is not there yet, write the pickle and the reports, say what came of it."""
-    keyframes, listed = read_datalist(args.datalist), digest_of(args.datalist.read_bytes())
-    checkpoint = local_checkpoint(args.checkpoint)
+    """Detect what is missing, write the pickle and the reports, print the summary."""
+    # plan the frames
+    check_args(args)
+    reports = args.avakinetics_root / 'reports'
+    keyframes = read_datalist(args.datalist)
+    datalist_digest = digest_of(args.datalist.read_bytes())
+    checkpoint = find_checkpoint(args.checkpoint)
     planned = plan_frames(keyframes, args.neighbors, args.avakinetics_root)
-    frames = {frame.key: frame for frame in planned}
-    people, unreadable = detect_missing(frames, checkpoint, args)
-    rows = sorted((key[:11], frames[key].second, reason) for key, reason in unreadable.items())
-    report = args.reports / f'fetch_proposal_{args.name}.csv'
-    write_csv(report, [('video_id', 'timestamp', 'reason'), *rows])
-    if not people:
-        sys.exit(f'error: not one frame could be read; {report} says why')
-    proposals = write_proposals(people, listed, args)
+    frames = {frame.keyframe.key: frame for frame in planned}
 
-    count = sum(map(len, proposals.values()))
-    print(
-        f'people in {args.picklepath}: {count:,}, on {len(proposals):,} of {len(frames):,} frames'
+    # detect the people on them
+    found, failed = detect_missing(frames, checkpoint, args)
+    rows = sorted(
+        (frames[key].keyframe.clip.video_id, frames[key].keyframe.timestamp, reason)
+        for key, reason in failed.items()
     )
-    seen = {name: boxes for name, boxes in keyframes.items() if key_of(*name) in people}
-    warning = report_recall(args.reports / f'recall_{args.name}.csv', seen, proposals)
-    record(warning, [frames[key] for key in unreadable if 'unreadable' in unreadable[key]], args)
-    bare = sum(key_of(*keyframe) not in proposals for keyframe in keyframes)
+    report = reports / f'fetch_proposal_{args.split}.csv'
+    write_csv(report, [('video_id', 'timestamp', 'reason'), *rows])
+    if not found:
+        sys.exit(f'error: no frame could be read; {report} says why')
+
+    # write the proposals, compare them with the annotated boxes
+    proposals = write_proposals(args.picklepath, found, args.score_thr)
+    count = (
+        f'{sum(map(len, proposals.values())):,}, on {len(proposals):,} of {len(frames):,} frames'
+    )
+    print(f'proposals in {args.picklepath}: {count}')
+    seen = {keyframe: boxes for keyframe, boxes in keyframes.items() if keyframe.key in found}
+    warning = report_recall(reports / f'recall_{args.split}.csv', seen, proposals)
+    unreadable = [frames[key] for key in failed if failed[key].startswith('unreadable')]
+    write_record(warning, unreadable, datalist_digest, args)
+
+    # print the summary
+    empty = sum(keyframe.key not in proposals for keyframe in keyframes)
     print(
-        f'  annotated keyframes without a proposal: {bare:,} of {len(keyframes):,}; MMAction2 '
+        f'  annotated keyframes without a proposal: {empty:,} of {len(keyframes):,}; MMAction2 '
         'takes the whole frame there'
     )
-    for reason, count in Counter(row[2].split(':')[0] for row in rows).items():
-        print(f'  {count:,} left out: {reason}')
+    for reason, number in Counter(row[2].split(':')[0] for row in rows).items():
+        print(f'  {number:,} skipped: {reason}')
     if rows:
         print(f'  report: {report}')
 
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-    sys.stderr = sys.stderr or open(os.devnull, 'w')  # None where it is closed
+    sys.stderr = sys.stderr or open(os.devnull, 'w')  # None if it is closed
     os.environ['MPLBACKEND'] = 'agg'  # a notebook's may not be in this environment
-    os.environ['PYTHONWARNINGS'] = 'ignore'  # of libraries to their callers, here and in workers
+    os.environ['PYTHONWARNINGS'] = 'ignore'  # those of libraries, in workers and here
     warnings.simplefilter('ignore')
     try:
         fetch(parse_args(argv))
-        print(end='', flush=True)
+        print(end='', flush=True)  # so that a closed pipe is noticed here
     except BrokenPipeError:  # `| head` has read enough
         os._exit(141)
     except DetectorError as error:
@@ -904,6 +1034,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-if __name__ == '__main__':  # under the name by which workers import it
+if __name__ == '__main__':  # under its own name, so that workers find its functions
     sys.path.insert(0, os.path.dirname(__file__))  # python -P leaves it out
     importlib.import_module(Path(__file__).stem).main()

@@ -2,9 +2,9 @@
 """Step 7a: merge the Kinetics part into AVA's annotations.
 
 Reads the csv of Step 5, the pickle of Step 6 and AVA's own files in ROOT/annotations. Replaces
-AVA's ava_train_v2.2.csv and ava_dense_proposals_train.FAIR.recall_93.9.pkl by files that hold both
-parts: rows of Kinetics, then of AVA. AVA's own are kept beside them as *.ava_only.*, so that
-merging twice equals merging once. With --split val, AVA's files stay as they are, and
+AVA's ava_train_v2.2.csv and ava_dense_proposals_train.FAIR.recall_93.9.pkl with files of both
+parts: rows of Kinetics, then of AVA. Backups of AVA's own are kept beside them as *.ava_only.*, so
+that merging twice equals merging once. With --split val, AVA's files stay as they are, and
 ava_kinetics_val_v2.2.csv and ava_kinetics_dense_proposals_val.pkl are written beside them.
 
     python3 merge_annotations.py --avakinetics_root=$MMACTION2/data/ava_kinetics
@@ -17,6 +17,7 @@ import codecs
 import fcntl
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -28,24 +29,22 @@ from typing import NamedTuple
 import numpy as np
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
-MERGED = re.compile(rb'\nmerged with [0-9a-f]{64}\n\Z')  # ends merged pickles, which is ignored
-VIDEO = r'[A-Za-z0-9_-]{11}'
-CLIP = rf'{VIDEO}_[0-9]{{6}}_[0-9]{{6}}'
-ROW = r',\d+(,[-+.\de]+){4},\d+,-?\d+'  # second, box, action, entity
+MOVIE = r'[A-Za-z0-9_-]{11}'
+CLIP = r'[A-Za-z0-9_-]{1,64}_[0-9]{6}_[0-9]{6}'
+COLUMNS = r',\d+(,[-+.\de]+){4},\d+,-?\d+'  # timestamp, box, action, entity
+# Version 1.0 of this script ended merged pickles with this line in place of a record
+OLD_TRAILER = re.compile(rb'\nmerged with [0-9a-f]{64}\n\Z')
 # What a pickle of arrays names: types, and the functions that rebuild an array
 ARRAY_PARTS = {
-    part.__name__: part
-    for part in (
-        np.ndarray,
-        np.dtype,
-        codecs.encode,
-        np.empty(0).__reduce__()[0],
-        np.empty(0).__reduce_ex__(5)[0],
-    )
+    'ndarray': np.ndarray,
+    'dtype': np.dtype,
+    'encode': codecs.encode,
+    '_reconstruct': np.empty(0).__reduce__()[0],
+    '_frombuffer': np.empty(0).__reduce_ex__(5)[0],
 }
 
 
-class Paths(NamedTuple):
+class Part(NamedTuple):
     """A csv of annotations and a pickle of proposals."""
 
     rows: Path
@@ -53,7 +52,7 @@ class Paths(NamedTuple):
 
 
 def to_path(text: str) -> Path:
-    """The path that an argument names."""
+    """Return the path that an argument names."""
     if not text:
         raise argparse.ArgumentTypeError('it is empty; set its variable as README says')
     return Path(text).expanduser()
@@ -76,17 +75,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default='train',
         help='part of AVA-Kinetics (default: train)',
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.avakinetics_root = args.avakinetics_root.absolute()
+    return args
 
 
 def read_rows(path: Path, name: str) -> list[str]:
-    """The rows `name,second,x1,y1,x2,y2,action,entity` of a list of annotations."""
-    rows, readable = path.read_text(errors='replace').splitlines(), re.compile(name + ROW, re.ASCII)
+    """Read the rows `name,timestamp,x1,y1,x2,y2,action,entity`; `name` is a regular expression."""
+    rows = path.read_text(errors='replace').splitlines()
+    pattern = re.compile(name + COLUMNS, re.ASCII)
     for number, row in enumerate(rows, 1):
-        if not readable.fullmatch(row):
-            sys.exit(f'error: line {number} of {path} is no annotation; make it again')
+        if not pattern.fullmatch(row):
+            sys.exit(f'error: line {number} of {path} is no annotation; make or copy it again')
     if not rows:
-        sys.exit(f'error: {path} is empty; make it again')
+        sys.exit(f'error: {path} is empty; make or copy it again')
     return rows
 
 
@@ -103,8 +105,9 @@ class Unpickler(pickle.Unpickler):
 
 
 class Pickler(pickle.Pickler):
-    """Writes arrays so that NumPy 1.21 to 2.x can read them: by public names, `numpy._core` is
-    unknown to NumPy 1.
+    """Writes arrays so that NumPy 1.21 to 2.x can read them.
+
+    Names numpy.ndarray, not a function of numpy._core, which NumPy 1 does not have.
     """
 
     def reducer_override(self, value):
@@ -114,7 +117,7 @@ class Pickler(pickle.Pickler):
 
 
 def read_proposals(path: Path) -> dict[str, np.ndarray]:
-    """The proposals of a pickle, key '<video id>,<second:04d>' -> (n, 5), n not 0."""
+    """Read the proposals '<video id>,<timestamp:04d>' -> (n, 5) of a pickle, but no empty ones."""
     try:
         with open(path, 'rb') as file:
             return {key: boxes for key, boxes in Unpickler(file).load().items() if boxes.shape[0]}
@@ -123,36 +126,50 @@ def read_proposals(path: Path) -> dict[str, np.ndarray]:
         sys.exit(f'error: {path} is no pickle of proposals: {reason}'.rstrip())
 
 
-def trailer_of(path: Path) -> bytes:
-    """The last bytes of a pickle, where a trailer stands."""
-    with open(path, 'rb') as file:
-        file.seek(max(0, path.stat().st_size - 100))
-        return file.read()
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
-def check_list(kinetics: Paths) -> None:
-    """Exit if the pickle's trailer says that Step 6 made it of another list."""
-    made_of = re.search(rb'\nmade of ([0-9a-f]{64})\n\Z', trailer_of(kinetics.proposals))
-    digest = hashlib.sha256(kinetics.rows.read_bytes()).hexdigest()
-    if made_of and made_of[1].decode() != digest:
-        reason = f'was made of another list than {kinetics.rows}; run Step 6 again with this list'
+def read_record(path: Path) -> dict:
+    """Read what a step recorded in reports/; return an empty dict if there is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # none, or edited by hand
+        return {}
+
+
+def check_datalist(kinetics: Part, record: dict) -> None:
+    """Exit if Step 6 recorded that it made the pickle from another list."""
+    is_recorded = record.get('proposals_sha256') == digest_of(kinetics.proposals.read_bytes())
+    if is_recorded and record['datalist_sha256'] != digest_of(kinetics.rows.read_bytes()):
+        reason = f'was made from another list than {kinetics.rows}; run Step 6 again with this list'
         sys.exit(f'error: {kinetics.proposals} {reason}')
 
 
-def own_file(path: Path, merged: bool, copy_ava: str) -> Path:
-    """AVA's own file: `path` or, if that is merged already, what the first merge kept beside it."""
-    if merged and not kept_beside(path).is_file():
-        reason = "holds Kinetics already, and AVA's own is not kept beside it"
-        sys.exit(f'error: {path} {reason}; {copy_ava}')
-    return kept_beside(path) if merged else path
-
-
-def kept_beside(path: Path) -> Path:
+def backup_path(path: Path) -> Path:
     return path.with_suffix(f'.ava_only{path.suffix}')
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file, which appears when it is complete; nothing changes if the content is equal."""
+def find_ava(ava: Part, record: dict, copy_hint: str) -> Part:
+    """Return AVA's own files: each of these or, if it holds Kinetics already, its backup."""
+    rows_merged = bool(re.search(f'^{CLIP},'.encode(), ava.rows.read_bytes(), re.M))
+    content = ava.proposals.read_bytes()
+    proposals_merged = (
+        rows_merged  # after both backups were written, even if the run was killed then
+        or digest_of(content) == record.get('proposals_sha256')
+        or bool(OLD_TRAILER.search(content[-100:]))
+    )
+    own = []
+    for path, merged in zip(ava, (rows_merged, proposals_merged)):
+        if merged and not backup_path(path).is_file():
+            reason = 'holds Kinetics already, and its backup is missing'
+            sys.exit(f'error: {path} {reason}; {copy_hint}')
+        own.append(backup_path(path) if merged else path)
+    return Part(*own)
+
+
+def write_if_changed(path: Path, content: bytes) -> None:
+    """Write a file atomically; leave an equal one as it is."""
     part = path.with_suffix('.part')
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_bytes() != content:
@@ -160,35 +177,47 @@ def write(path: Path, content: bytes) -> None:
         os.replace(part, path)
 
 
-def merge(kinetics: Paths, ava: Paths, merged: Paths, copy_ava: str) -> None:
-    """Join both parts, write the merged files, say what came of it."""
-    try:  # until this process ends
-        fcntl.flock(os.open(merged.rows.parent, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+def lock_folder(path: Path) -> None:
+    """Lock a folder until this process ends; exit if another run of this step has it."""
+    try:
+        fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit('error: another run of this step is at work; wait for it to end')
-    except OSError:  # of some file servers, which have no locks
+    except OSError:  # a file server without locks
         pass
-    check_list(kinetics)
-    rows_merged = bool(re.search(f'^{CLIP},'.encode(), ava.rows.read_bytes(), re.M))
-    merged_before = rows_merged or MERGED.search(trailer_of(ava.proposals))
-    own = Paths(
-        own_file(ava.rows, rows_merged, copy_ava), own_file(ava.proposals, merged_before, copy_ava)
-    )
-    rows, ava_rows = read_rows(kinetics.rows, CLIP), read_rows(own.rows, VIDEO)
-    proposals, ava_proposals = map(read_proposals, (kinetics.proposals, own.proposals))
-    collisions = len(proposals.keys() & ava_proposals.keys())
-    proposals.update(ava_proposals)  # AVA's win
 
-    for path in own:
-        if path in merged:  # AVA's own, about to be replaced
-            write(kept_beside(path), path.read_bytes())
-    write(merged.rows, ''.join(f'{row}\n' for row in rows + ava_rows).encode())
+
+def merge(kinetics: Part, ava: Part, merged: Part, reports: Path, split: str, hint: str) -> None:
+    """Merge both parts, write the merged files and print the summary."""
+    # find AVA's own files, whose place the merged ones may have taken
+    lock_folder(merged.rows.parent)
+    check_datalist(kinetics, read_record(reports / f'fetch_proposal_{split}.json'))
+    record_path = reports / f'merge_annotations_{split}.json'
+    own = find_ava(ava, read_record(record_path), hint)
+
+    # merge
+    rows = read_rows(kinetics.rows, CLIP)
+    ava_rows = read_rows(own.rows, MOVIE)
+    kinetics_proposals = read_proposals(kinetics.proposals)
+    ava_proposals = read_proposals(own.proposals)
+    proposals = kinetics_proposals | ava_proposals  # AVA's take precedence
+    in_both = len(kinetics_proposals) + len(ava_proposals) - len(proposals)
     content = io.BytesIO()
     Pickler(content, protocol=4).dump(proposals)
-    digest = hashlib.sha256(kinetics.proposals.read_bytes()).hexdigest()
-    content.write(f'\nmerged with {digest}\n'.encode())  # Step 7b compares it
-    write(merged.proposals, content.getvalue())
 
+    # back up AVA's own files if they are about to be replaced
+    for path in own:
+        if path in merged:
+            write_if_changed(backup_path(path), path.read_bytes())
+
+    # write the merged files; their record first, or a rerun might take them for AVA's own
+    record = {
+        'proposals_sha256': digest_of(content.getvalue()),
+        'kinetics_proposals_sha256': digest_of(kinetics.proposals.read_bytes()),
+    }
+    write_if_changed(record_path, json.dumps(record).encode())
+    write_if_changed(merged.rows, ''.join(f'{row}\n' for row in rows + ava_rows).encode())
+    write_if_changed(merged.proposals, content.getvalue())
     print(
         f'rows in {merged.rows}: {len(rows) + len(ava_rows):,}, {len(rows):,} of Kinetics, '
         f'{len(ava_rows):,} of AVA'
@@ -196,48 +225,56 @@ def merge(kinetics: Paths, ava: Paths, merged: Paths, copy_ava: str) -> None:
     print(
         f'frames with proposals in {merged.proposals}: {len(proposals):,}, '
         f'{len(proposals) - len(ava_proposals):,} of Kinetics, {len(ava_proposals):,} of AVA'
-        + (f' (in both: {collisions:,})' if collisions else '')
+        + (f' (in both: {in_both:,})' if in_both else '')
     )
+
+
+def explain_copy(annotations: Path, root: Path, has_ava: bool) -> str:
+    """Say how to get AVA's annotations of version 2.2."""
+    copy = f'cp -r {MMACTION2}/data/ava/annotations/ {root}/'
+    hint = f"copy AVA's annotation folder of version 2.2: {copy}"
+    if has_ava or not any(annotations.glob('ava_*_v2.1*')):
+        return hint
+    download = f'(cd {MMACTION2}/tools/data/ava && VERSION=2.2 bash download_annotations.sh)'
+    return f"{annotations} holds version 2.1 of AVA's annotations; get 2.2: {download}; {hint}"
 
 
 def merge_split(args: argparse.Namespace) -> None:
     """Check that the files of a split exist, then merge them."""
-    root, split = args.avakinetics_root.absolute(), args.split
-    notes = root / 'annotations'
-    part = '' if split == 'train' else f'_{split}'
-    kinetics = Paths(root / f'kinetics_{split}.csv', root / f'kinetics{part}_proposal.pkl')
-    name = f'ava_dense_proposals_{split}.FAIR.recall_93.9.pkl'
-    ava = merged = Paths(notes / f'ava_{split}_v2.2.csv', notes / name)
+    root = args.avakinetics_root
+    split = args.split
+    annotations = root / 'annotations'
+    infix = '' if split == 'train' else f'_{split}'
+    kinetics = Part(root / f'kinetics_{split}.csv', root / f'kinetics{infix}_proposal.pkl')
+    ava = merged = Part(
+        annotations / f'ava_{split}_v2.2.csv',
+        annotations / f'ava_dense_proposals_{split}.FAIR.recall_93.9.pkl',
+    )
     if split == 'val':
-        name = 'ava_kinetics_dense_proposals_val.pkl'
-        merged = Paths(notes / 'ava_kinetics_val_v2.2.csv', notes / name)
-    copy_ava = f'cp -r {MMACTION2}/data/ava/annotations/ {root}/'
-    copy_ava = f"copy AVA's annotation folder of version 2.2: {copy_ava}"
-    if not ava.rows.exists() and any(notes.glob('ava_*_v2.1*')):
-        download = f'(cd {MMACTION2}/tools/data/ava && VERSION=2.2 bash download_annotations.sh)'
-        copy_ava = (
-            f"{notes} holds version 2.1 of AVA's annotations; get 2.2: {download}; {copy_ava}"
+        merged = Part(
+            annotations / 'ava_kinetics_val_v2.2.csv',
+            annotations / 'ava_kinetics_dense_proposals_val.pkl',
         )
-    hints = [
-        'run Step 5 (prepare_annotation.py) or set --avakinetics_root',
-        'run Step 6 (fetch_proposal.py) first, with its default --picklepath',
-        copy_ava,
-        copy_ava,
-    ]
-    for path, hint in zip([*kinetics, *ava], hints):
+    copy_hint = explain_copy(annotations, root, ava.rows.exists())
+    for path, hint in (
+        (kinetics.rows, 'run Step 5 (prepare_annotation.py) or set --avakinetics_root'),
+        (kinetics.proposals, 'run Step 6 (fetch_proposal.py) first, with its default --picklepath'),
+        (ava.rows, copy_hint),
+        (ava.proposals, copy_hint),
+    ):
         if not path.is_file():
             sys.exit(f'error: {path} not found; {hint}')
-    if notes.is_symlink() and split == 'train':
+    if annotations.is_symlink() and split == 'train':
         reason = "merging would change AVA's own files; remove the link, then"
-        sys.exit(f'error: {notes} is a link to {notes.resolve()}: {reason} {copy_ava}')
-    merge(kinetics, ava, merged, copy_ava)
+        sys.exit(f'error: {annotations} is a link to {annotations.resolve()}: {reason} {copy_hint}')
+    merge(kinetics, ava, merged, root / 'reports', split, copy_hint)
 
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
     try:
         merge_split(parse_args(argv))
-        print(end='', flush=True)
+        print(end='', flush=True)  # so that a closed pipe is noticed here
     except BrokenPipeError:  # `| head` has read enough
         os._exit(141)
     except OSError as error:  # a full disk, missing permissions

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-r"""Step 5: write the annotations of the clips that are there, as MMAction2 reads them.
+r"""Step 5: write the annotations of the usable clips in MMAction2's format.
 
-Reads the annotations of AVA-Kinetics (kinetics_train_v1.0.csv) and looks at each clip: at its
-frames in ROOT/rawframes, whoever made them, or at its video in ROOT/videos if frames are missing.
-Writes ROOT/kinetics_train.csv, a row `<clip>,<second>,x1,y1,x2,y2,action_id,-1` for each
-annotation, on the complete clip in which the keyframe is most centred. Keyframes without one are
-listed in ROOT/reports/prepare_annotation_train.csv, with the reason. With --split val, all names
-have val in place of train.
+Reads the annotations of AVA-Kinetics (kinetics_train_v1.0.csv) and checks each clip: its frames in
+ROOT/rawframes, whichever program extracted them, or its video in ROOT/videos if frames are missing.
+Writes ROOT/kinetics_train.csv, a row `<clip>,<timestamp>,x1,y1,x2,y2,action_id,-1` for each
+annotation. If several usable clips cover a keyframe, the one with the keyframe closest to its
+middle is taken. Keyframes without a usable clip are listed in
+ROOT/reports/prepare_annotation_train.csv, each with the reason. With --split val, all names have
+val in place of train.
 
     python3 prepare_annotation.py --avakinetics_anotation=./ava_kinetics_v1_0 \
         --avakinetics_root=$MMACTION2/data/ava_kinetics
@@ -22,7 +23,7 @@ import os
 import re
 import signal
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Iterable, NamedTuple
@@ -31,42 +32,59 @@ import av
 from tqdm import tqdm
 
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
-FPS = 30
+FPS = 30  # frames per second of the clips
+MAX_ACTION = 80  # the highest action of AVA
+VIDEO_ID = re.compile(r'[A-Za-z0-9_-]{1,64}')
+CLIP_NAME = re.compile(r'([A-Za-z0-9_-]{1,64})_([0-9]{6})_([0-9]{6})')
 OLD_FRAMES = 'frames older than their clip'
 NO_THREADS = 'no more threads can be started here; raise the limit on processes (ulimit -u)'
-CLIP_NAME = re.compile(r'([A-Za-z0-9_-]{11})_([0-9]{6})_([0-9]{6})')
-FRACTION = r'(0?\.\d+|[01](?:\.0*)?|\d(?:\.\d+)?e-\d+)'  # 0 to 1
-# video, timestamp and, if somebody is annotated there, box and action
-ROW = re.compile(
-    r'([A-Za-z0-9_-]{11}),(\d{1,6})(?:\.\d*)?'
-    rf'(?:,,,,,|{f",{FRACTION}" * 4},([1-9]|[1-7]\d|80))?',
-    re.ASCII,
-)
+
+Keyframe = tuple[str, int]  # video id, timestamp
+
+
+class Annotation(NamedTuple):
+    """An annotated box; the box is empty if the row says that nobody was annotated."""
+
+    video_id: str
+    timestamp: int  # whole seconds, as MMAction2 names keyframes
+    box: tuple[float, ...]  # x1, y1, x2, y2, relative to the frame
+    action: int
+
+    @property
+    def keyframe(self) -> tuple[str, int]:
+        return self.video_id, self.timestamp
 
 
 class Clip(NamedTuple):
-    """Seconds start to end of a YouTube video."""
+    """Seconds `start` to `end` of a video, as Step 3 cuts them."""
 
     name: str
-    video: str
+    video_id: str
     start: int
     end: int
 
+    @property
+    def num_frames(self) -> int:
+        return (self.end - self.start) * FPS
+
+
+def parse_clip(name: str) -> Clip | None:
+    """Parse `<video id>_<start>_<end>`; return None for any other name."""
+    match = CLIP_NAME.fullmatch(name)
+    return Clip(name, match[1], int(match[2]), int(match[3])) if match else None
+
 
 class State(NamedTuple):
-    """How usable a clip is: by its raw frames, else by its video, or what is wrong with both.
-
-    Its frames are `old` where only their times keep them from being used.
-    """
+    """How a clip can be used: as frames, or else as a video, unless `error` says why not."""
 
     clip: Clip
-    frames: bool = False
-    problem: str | None = None
-    old: bool = False
+    has_frames: bool
+    has_old_frames: bool = False  # they are complete, but older than the clip
+    error: str = ''
 
 
 def to_path(text: str) -> Path:
-    """The path that an argument names."""
+    """Return the path that an argument names."""
     if not text:
         raise argparse.ArgumentTypeError('it is empty; set its variable as README says')
     return Path(text).expanduser()
@@ -74,7 +92,7 @@ def to_path(text: str) -> Path:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description='Step 5: write the annotations of the clips that are there.'
+        description="Step 5: write the annotations of the usable clips in MMAction2's format."
     )
     parser.add_argument(
         '--avakinetics_anotation',
@@ -102,7 +120,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=16,
         metavar='N',
-        help='threads that look at clips: many for a slow file server, 2 for a local disk; -1: all '
+        help='threads that check clips: many for a slow file server, 2 for a local disk; -1: all '
         'CPUs (default: %(default)s)',
     )
     args = parser.parse_args(argv)
@@ -111,31 +129,60 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_annotations(path: Path) -> tuple[list[tuple], list[tuple]]:
-    """The rows (video, second, numbers) of an annotation file, and report rows on malformed lines.
+def parse_annotation(line: str) -> Annotation | None:
+    """Parse `video_id,timestamp,x1,y1,x2,y2,action_id`; return None if the line is malformed.
 
-    The numbers are x1, y1, x2, y2, relative to the frame, and the action; none where the row has
-    two columns, which name a keyframe on which nobody was annotated.
+    If the line has two columns, or the others are empty, nobody was annotated.
     """
+    video_id, *columns = line.split(',')
+    if not VIDEO_ID.fullmatch(video_id) or len(columns) not in (1, 6):
+        return None
+    try:
+        timestamp = int(float(columns[0]))
+        if not any(columns[1:]):
+            return Annotation(video_id, timestamp, (), 0) if 0 <= timestamp < 10**6 else None
+        x1, y1, x2, y2 = box = tuple(map(float, columns[1:5]))
+        action = int(columns[5])
+    except (ValueError, OverflowError):  # OverflowError: an infinite timestamp
+        return None
+    if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 and action > 0 and 0 <= timestamp < 10**6:
+        return Annotation(video_id, timestamp, box, action)
+    return None
+
+
+def read_annotations(path: Path) -> tuple[list[Annotation], list[tuple]]:
+    """Read an annotation file; return its annotations, and report rows for malformed lines."""
     if not path.exists():
         sys.exit(f'error: {path} not found; run Step 2 or set --avakinetics_anotation')
-    rows, problems = [], []
+    annotations = []
+    malformed = []
     with open(path, encoding='utf-8-sig', errors='replace') as file:
         for number, line in enumerate(map(str.strip, file), 1):
-            row = ROW.fullmatch(line)
-            video, second, *numbers = row.groups() if row else ('', '')
-            numbers = [float(text) for text in numbers if text]
-            if row and (not numbers or numbers[0] < numbers[2] and numbers[1] < numbers[3]):
-                rows.append((video, int(second), numbers))  # as MMAction2 names keyframes
+            if annotation := parse_annotation(line):
+                annotations.append(annotation)
             elif line:
-                problems.append(('', '', f'malformed annotation: line {number}: {line[:80]!r}'))
-    return rows, problems
+                malformed.append(('', '', f'malformed annotation: line {number}: {line[:80]!r}'))
+    if not any(annotation.box for annotation in annotations):
+        reason = malformed[0][2] if malformed else 'nobody is annotated'
+        sys.exit(f'error: {path} holds no annotated keyframe: {reason}; run Step 2 again')
+    return annotations, malformed
 
 
-def check_frames(folder: Path, numbers: Iterable[int], since: float | None) -> str | None:
-    """Return what is wrong with these raw frames of a folder: missing, empty, older than `since`.
+def find_clips(root: Path, video_ids: set[str]) -> list[Clip]:
+    """Return the clips of these videos in ROOT/rawframes or ROOT/videos."""
+    names = set()
+    for folder, suffix in ('rawframes', ''), ('videos', '.mp4'):
+        if (root / folder).is_dir():
+            found = os.listdir(root / folder)
+            names |= {name.removesuffix(suffix) for name in found if name.endswith(suffix)}
+    return [clip for clip in map(parse_clip, sorted(names)) if clip and clip.video_id in video_ids]
 
-    Where `since` is given, the folder may hold no others.
+
+def check_frames(folder: Path, numbers: Iterable[int], since: float | None) -> str:
+    """Return why these raw frames of a folder cannot be used, or an empty string.
+
+    Missing and empty frames are errors. If `since` is given, a time in seconds, so are older frames
+    and frames with other numbers.
     """
     entries = os.scandir(folder)
     files = {entry.name: entry.stat() for entry in entries if entry.name.startswith('img_')}
@@ -144,140 +191,91 @@ def check_frames(folder: Path, numbers: Iterable[int], since: float | None) -> s
     if missing:
         return f'frames missing or empty: {len(missing):,} of {len(names):,}, first {missing[0]}'
     if since is None:
-        return None
+        return ''
     if len(files) > len(names):
         return f'too many frames: {len(files):,}, not {len(names):,}'
-    return OLD_FRAMES if any(file.st_mtime < since for file in files.values()) else None
+    return OLD_FRAMES if any(file.st_mtime < since for file in files.values()) else ''
+
+
+def check_video(video: Path, num_frames: int) -> str:
+    """Return why a clip's video cannot be used, or an empty string.
+
+    Counts packets, which is much faster than decoding frames.
+    """
+    try:
+        with av.open(str(video), format='mov') as container:
+            found = sum(packet.size > 0 for packet in container.demux(video=0))
+    except (av.FFmpegError, IndexError, ValueError) as error:  # ValueError: an undecodable name
+        return f'unreadable clip: {getattr(error, "strerror", None) or "it holds no frames"}'
+    return '' if found == num_frames else f'wrong number of frames: {found:,}, not {num_frames:,}'
 
 
 def check_clip(clip: Clip, root: Path) -> State:
-    """Look at a clip's raw frames or, where they are not complete, at its video."""
-    total, problem = (clip.end - clip.start) * FPS, None
+    """Check a clip's raw frames or, if they cannot be used, its video."""
     video = root / f'videos/{clip.name}.mp4'
     exists = video.exists()
+    error = ''
     try:
-        since = video.stat().st_mtime if exists else 0
-        problem = check_frames(root / 'rawframes' / clip.name, range(1, total + 1), since)
-        if not problem:
-            return State(clip, frames=True)
+        since = video.stat().st_mtime if exists else 0  # without a video, any age will do
+        error = check_frames(root / 'rawframes' / clip.name, range(1, clip.num_frames + 1), since)
+        if not error:
+            return State(clip, has_frames=True)
     except FileNotFoundError:  # no raw frames
         pass
-    except OSError as error:
-        problem = f'unreadable frames: {error.strerror}'
-    old = problem == OLD_FRAMES
-    if exists or not problem:
-        problem = check_video(video, total)
-    return State(clip, problem=problem, old=old)
+    except OSError as failure:
+        error = f'unreadable frames: {failure.strerror}'
+    has_old_frames = error == OLD_FRAMES
+    if exists or not error:  # else the error of the frames says more
+        error = check_video(video, clip.num_frames)
+    return State(clip, False, has_old_frames, error)
 
 
-def check_video(video: Path, total: int) -> str | None:
-    """Return what is wrong with a clip's video, by its packets, which are not decoded."""
+def check_clips(clips: list[Clip], root: Path, num_threads: int) -> dict[str, list[State]]:
+    """Check clips in threads, since a slow file server answers many at the same time.
+
+    Returns the clips' states by video id.
+    """
     try:
-        with av.open(str(video), format='mov') as packets:
-            count = sum(packet.size > 0 for packet in packets.demux(video=0))
-    except (av.FFmpegError, IndexError, ValueError) as error:  # ValueError: undecodable names
-        return f'unreadable clip: {getattr(error, "strerror", None) or "it holds no frames"}'
-    return f'wrong number of frames: {count:,}, not {total:,}' if count != total else None
-
-
-def check_clips(clips: list[Clip], root: Path, workers: int) -> dict[Clip, State]:
-    """Look at clips in threads, many of which wait for a slow file server together."""
-    try:
-        threads = ThreadPool(workers if workers > 0 else None)
-    except (RuntimeError, AttributeError):  # AttributeError: Python fails to clean up after itself
+        threads = ThreadPool(num_threads if num_threads > 0 else None)
+    except (RuntimeError, AttributeError):  # AttributeError: of the pool's own clean-up
         sys.exit(f'error: {NO_THREADS}')
-    states = {}
-    with threads, tqdm(desc='check', total=len(clips), unit='clip', leave=False) as bar:
-        for state in threads.imap(functools.partial(check_clip, root=root), clips, 64):
-            states[state.clip] = state
-            bar.update()
+    checked = threads.imap(functools.partial(check_clip, root=root), clips, 64)
+    states = defaultdict(list)
+    with threads, tqdm(checked, 'check', len(clips), unit='clip', leave=False) as bar:
+        for state in bar:
+            states[state.clip.video_id].append(state)
     return states
 
 
-def find_clips(root: Path, keyframes: set[tuple]) -> dict[str, list[Clip]]:
-    """The clips of annotated videos in ROOT/rawframes or ROOT/videos, by video."""
-    names, clips = set(), {video: [] for video, _ in keyframes}
-    for folder, suffix in ('rawframes', ''), ('videos', '.mp4'):
-        if (root / folder).is_dir():
-            found = os.listdir(root / folder)
-            names |= {name.removesuffix(suffix) for name in found if name.endswith(suffix)}
-    for match in filter(None, map(CLIP_NAME.fullmatch, sorted(names))):
-        clip = Clip(match[0], match[1], int(match[2]), int(match[3]))
-        if clip.video in clips:
-            clips[clip.video].append(clip)
-    return clips
+def choose_clip(timestamp: int, states: list[State]) -> State | None:
+    """Choose the clip for a keyframe: usable if possible, then with its middle closest to it."""
+    covering = [state for state in states if state.clip.start <= timestamp < state.clip.end]
+
+    def rank(state: State) -> tuple[bool, int]:
+        return bool(state.error), abs(state.clip.start + state.clip.end - 2 * timestamp)
+
+    return min(covering, key=rank, default=None)
 
 
-def choose_clip(second: int, clips: list[Clip], states: dict[Clip, State]) -> Clip | None:
-    """The best clip that holds a keyframe: complete if there is such, then the most centred one."""
-    held = [clip for clip in clips if clip.start <= second < clip.end]
-    return min(
-        held,
-        key=lambda clip: (bool(states[clip].problem), abs(clip.start + clip.end - 2 * second)),
-        default=None,
-    )
-
-
-def prepare(args: argparse.Namespace) -> None:
-    """Look at the clips, write the csv and the report, say what came of it."""
-    root = args.avakinetics_root
-    annotations = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
-    rows, malformed = read_annotations(annotations)
-    keyframes = {row[:2] for row in rows if row[2]}
-    if not keyframes:
-        first = malformed[0][2] if malformed else 'nobody is annotated'
-        sys.exit(f'error: {annotations} holds no annotated keyframe: {first}; run Step 2 again')
-    clips = find_clips(root, keyframes)
-    found = [clip for of_video in clips.values() for clip in of_video]
-    if not found:
-        sys.exit(
-            f'error: {root} holds no clip of the {len(clips)} annotated videos; run Step 3 '
-            '(cut_kinetics.py) or set --avakinetics_root'
-        )
-    states = check_clips(found, root, args.num_workers)
-    chosen, lost = {}, []
-    for video, second in sorted(keyframes):
-        if not (clip := choose_clip(second, clips[video], states)):
-            lost.append((video, second, 'no clip holds this keyframe'))
-        elif problem := states[clip].problem:
-            lost.append((video, second, f'{problem} in {clip.name}'))
+def choose_clips(
+    keyframes: set[Keyframe], states: dict[str, list[State]]
+) -> tuple[dict[Keyframe, State], list[tuple]]:
+    """Choose a usable clip for each keyframe; return them, and report rows for the others."""
+    chosen = {}
+    skipped = []
+    for video_id, timestamp in sorted(keyframes):
+        state = choose_clip(timestamp, states.get(video_id, []))
+        if not state:
+            skipped.append((video_id, timestamp, 'no clip holds this keyframe'))
+        elif state.error:
+            skipped.append((video_id, timestamp, f'{state.error} in {state.clip.name}'))
         else:
-            chosen[video, second] = clip
-    report = root / f'reports/prepare_annotation_{args.split}.csv'
-    write_csv(report, [('video_id', 'timestamp', 'reason'), *lost, *malformed])
-    if not chosen:
-        sys.exit(f'error: not one annotation has its frames; {report} says why')
-    lines = [
-        '%s,%d,%.3f,%.3f,%.3f,%.3f,%d,-1\n' % (chosen[row[:2]].name, row[1], *row[2])
-        for row in rows
-        if row[2] and row[:2] in chosen
-    ]
-    target = root / f'kinetics_{args.split}.csv'
-    write(target, ''.join(lines).encode())
-
-    used = [states[clip] for clip in set(chosen.values())]
-    by_frames = sum(state.frames for state in used)
-    print(
-        f'rows in {target}: {len(lines):,}, for {len(chosen):,} of {len(keyframes):,} annotated '
-        f'keyframes; clips: {by_frames:,} with raw frames, {len(used) - by_frames:,} as videos'
-    )
-    old = sum(state.old for state in used)
-    if old or 0 < by_frames < len(used):
-        print(
-            f'  clips whose raw frames are older than the clip, as after cp -r: {old:,}; training '
-            'reads either all clips as frames or all as videos: run Step 4, then this step again: '
-            f'python3 extract_rgb_frames.py --avakinetics_root={root}'
-        )
-    for reason, count in Counter(row[2].split(':')[0] for row in lost + malformed).items():
-        print(f'  {count:,} left out: {reason}')
-    if nobody := len({row[:2] for row in rows} - keyframes):
-        print(f'  keyframes without people, nothing to prepare: {nobody:,}')
-    if lost or malformed:
-        print(f'  report: {report}')
+            chosen[video_id, timestamp] = state
+    return chosen, skipped
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file, which appears when it is complete; nothing changes if the content is equal."""
+def write_if_changed(path: Path, content: bytes) -> None:
+    """Write a file atomically; leave an equal one as it is."""
     part = path.with_suffix('.part')
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_bytes() != content:
@@ -288,15 +286,87 @@ def write(path: Path, content: bytes) -> None:
 def write_csv(path: Path, rows: list[tuple]) -> None:
     table = io.StringIO()
     csv.writer(table, lineterminator='\n').writerows(rows)
-    write(path, table.getvalue().encode('utf-8', 'backslashreplace'))
+    write_if_changed(path, table.getvalue().encode('utf-8', 'backslashreplace'))
+
+
+def format_rows(annotations: list[Annotation], chosen: dict[Keyframe, State]) -> list[str]:
+    """Format the annotations of the chosen clips as MMAction2 reads them, a row each."""
+    return [
+        '{},{},{:.3f},{:.3f},{:.3f},{:.3f},{},-1\n'.format(
+            chosen[row.keyframe].clip.name, row.timestamp, *row.box, row.action
+        )
+        for row in annotations
+        if row.box and row.keyframe in chosen
+    ]
+
+
+def print_summary(chosen: set[State], skipped: list[tuple], root: Path) -> None:
+    """Print how training can read the chosen clips, and why keyframes and lines were skipped."""
+    with_frames = sum(state.has_frames for state in chosen)
+    old = sum(state.has_old_frames for state in chosen)
+    as_videos = len(chosen) - with_frames
+    print(f'  clips: {with_frames:,} with raw frames, {as_videos:,} as videos')
+    if old:
+        print(f'  clips whose raw frames are older than the clip, as after cp -r: {old:,}')
+    if old or (with_frames and as_videos):
+        print(
+            '  training reads either all clips as frames or all as videos: run Step 4, then this '
+            f'step again: python3 extract_rgb_frames.py --avakinetics_root={root}'
+        )
+    for reason, number in Counter(row[2].split(':')[0] for row in skipped).items():
+        print(f'  {number:,} skipped: {reason}')
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Check the clips, write the annotations and the report, print the summary."""
+    # read the annotations
+    root = args.avakinetics_root
+    path = args.avakinetics_anotation / f'kinetics_{args.split}_v1.0.csv'
+    annotations, malformed = read_annotations(path)
+    keyframes = {annotation.keyframe for annotation in annotations if annotation.box}
+    empty = {annotation.keyframe for annotation in annotations} - keyframes
+
+    # check the clips of the annotated videos
+    video_ids = {video_id for video_id, _ in keyframes}
+    clips = find_clips(root, video_ids)
+    if not clips:
+        sys.exit(
+            f'error: {root} holds no clip of the {len(video_ids):,} annotated videos; run Step 3 '
+            '(cut_kinetics.py) or set --avakinetics_root'
+        )
+    states = check_clips(clips, root, args.num_workers)
+
+    # choose a clip for each keyframe, report the keyframes without one
+    chosen, skipped = choose_clips(keyframes, states)
+    skipped += malformed
+    report = root / f'reports/prepare_annotation_{args.split}.csv'
+    write_csv(report, [('video_id', 'timestamp', 'reason'), *skipped])
+    if not chosen:
+        sys.exit(f'error: no annotated keyframe has a usable clip; {report} says why')
+
+    # write the annotations
+    rows = format_rows(annotations, chosen)
+    target = root / f'kinetics_{args.split}.csv'
+    write_if_changed(target, ''.join(rows).encode())
+    count = f'{len(rows):,}, for {len(chosen):,} of {len(keyframes):,} annotated keyframes'
+    print(f'rows in {target}: {count}')
+    print_summary(set(chosen.values()), skipped, root)
+    if empty:
+        print(f'  keyframes without people, nothing to prepare: {len(empty):,}')
+    if max(annotation.action for annotation in annotations) > MAX_ACTION:
+        print(
+            f'  actions above {MAX_ACTION}: MMAction2 needs num_classes and a label file for them'
+        )
+    if skipped:
+        print(f'  report: {report}')
 
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how batch systems interrupt
-    sys.stderr = sys.stderr or open(os.devnull, 'w')  # None where it is closed
+    sys.stderr = sys.stderr or open(os.devnull, 'w')  # None if it is closed
     try:
         prepare(parse_args(argv))
-        print(end='', flush=True)
+        print(end='', flush=True)  # so that a closed pipe is noticed here
     except BrokenPipeError:  # `| head` has read enough
         os._exit(141)
     except OSError as error:  # a full disk, missing permissions

@@ -2,13 +2,13 @@
 
     python benchmarks/accounting.py kinetics_val_v1.0.csv kinetics-700_val.csv FOLDER
 
-FOLDER is emptied.
-The first is an AVA-Kinetics csv, the second Kinetics-700's
-(label,youtube_id,time_start,time_end,split). Every clip that Step 3 plans is made of empty files,
-as if all videos had been there, so that what is left out is left out by the planning.
+FOLDER is emptied. The first is an AVA-Kinetics csv, the second Kinetics-700's
+(label,youtube_id,time_start,time_end,split). Every clip that Step 3 plans is an empty file with
+frames of one byte, as if all videos existed, so that what is skipped is skipped by the planning.
 """
 
 import csv
+import functools
 import os
 import shutil
 import subprocess
@@ -22,7 +22,7 @@ import cut_kinetics  # noqa: E402
 
 
 def write_list(kinetics: Path, path: Path) -> None:
-    """Kinetics-700's csv as the list of videos that Step 1 makes."""
+    """Write Kinetics-700's csv as the list of videos that Step 1 makes."""
     with open(kinetics) as file:
         path.write_text(
             ''.join(
@@ -35,28 +35,25 @@ def write_list(kinetics: Path, path: Path) -> None:
 
 
 def make_clips(annotations: Path, listing: Path, root: Path) -> None:
-    """An empty file for every clip that Step 3 plans, and its frames as links to one empty file."""
+    """Make an empty file for every clip that Step 3 plans, and its frames of one byte."""
     keyframes, _ = cut_kinetics.read_keyframes(annotations)
-    sources, _ = cut_kinetics.read_list(listing, keyframes)
-    args = cut_kinetics.parse_args([f'--avakinetics_root={root}'])
-    args.videos.mkdir(parents=True)
-    cut_kinetics.check_options(args)  # as if Step 3 had made them
+    plan = functools.partial(cut_kinetics.plan_clips, keyframes=keyframes)
+    jobs, _ = cut_kinetics.read_list(listing, plan)
+    videos = root / 'videos'
+    videos.mkdir(parents=True)
+    # as if Step 3 had made them
+    cut_kinetics.check_options(cut_kinetics.parse_args([f'--avakinetics_root={root}']), videos)
     made = 0
-    for source in sources:
-        held = cut_kinetics.find_held(source, keyframes)
-        start, end = cut_kinetics.clip_range(source, held)
-        name = cut_kinetics.clip_name(source, held)
-        (args.videos / name).touch()
-        os.utime(args.videos / name, (0, 0))  # older than the frames, which are links
-        folder = root / 'rawframes' / name[:-4]
-        if folder.exists():  # some videos are listed twice, under two labels
-            continue
+    for clip in {job.clip for job in jobs}:  # some videos are listed twice, under two labels
+        (videos / f'{clip.name}.mp4').touch()
+        os.utime(videos / f'{clip.name}.mp4', (0, 0))  # older than the frames, which are links
+        folder = root / 'rawframes' / clip.name
         folder.mkdir(parents=True)
-        for frame in range(1, (end - start) * 30 + 1):
+        for frame in range(1, clip.num_frames + 1):
             if made % 60_000 == 0:  # ext4 allows a file 65,000 names
-                empty = root / f'empty{made}'
-                empty.touch()
-            os.link(empty, folder / f'img_{frame:05d}.jpg')
+                source = root / f'frame_{made}'
+                source.write_text('x')
+            os.link(source, folder / f'img_{frame:05d}.jpg')
             made += 1
 
 

@@ -22,7 +22,7 @@ import av
 import numpy as np
 
 REPO = Path(__file__).parent.parent
-sys.path[:0] = [str(REPO), str(REPO / 'tests')]
+sys.path[:0] = [str(REPO / folder) for folder in ('', 'tests', 'tests/tools')]
 import draw  # noqa: E402
 from helpers import numbered_source  # noqa: E402
 
@@ -162,7 +162,7 @@ def main() -> None:
                     if video in reasons:
                         counts['reported'] += 1
                         continue
-                    first = max(0, second - 2) * 30
+                    first = max(0, second - 2) * draw.FPS
                     shown = read_frames(next(clips.glob(f'{video}_*.mp4')))
                     numbers = [draw.read_stamp(frame) for frame in shown]
                     wrong = any(

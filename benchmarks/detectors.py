@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 REPO = Path(__file__).parent.parent
-sys.path[:0] = [str(REPO), str(REPO / 'tests')]
+sys.path[:0] = [str(REPO / folder) for folder in ('', 'tests', 'tests/tools')]
 warnings.filterwarnings('ignore')
 import fetch_proposal  # noqa: E402
 from proposals import write_frames  # noqa: E402

@@ -17,7 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ('', 'tests')]
+sys.path[:0] = [
+    str(Path(__file__).parent.parent / folder) for folder in ('', 'tests', 'tests/tools')
+]
 import torch  # noqa: E402, F401, before decord
 from helpers import kill_tree, start  # noqa: E402
 from job import STEPS, Job, assert_undisturbed, assert_whole, make_job  # noqa: E402

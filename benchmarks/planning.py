@@ -8,6 +8,8 @@ other ids up to 540,000 list lines, the size of the training set.
 """
 
 import csv
+import functools
+import gc
 import multiprocessing
 import resource
 import sys
@@ -44,15 +46,14 @@ def write_job(annotations: Path, kinetics: Path, copies: int, folder: Path) -> t
     return folder / 'annotations.csv', folder / 'list.txt'
 
 
-def plan(annotations: Path, listing: Path, queue) -> None:
+def plan_all(annotations: Path, listing: Path, queue) -> None:
+    gc.disable()  # as cut_all does
     start = time.perf_counter()
     keyframes, _ = cut_kinetics.read_keyframes(annotations)
-    sources, _ = cut_kinetics.read_list(listing, keyframes)
-    clips = [
-        cut_kinetics.clip_name(source, cut_kinetics.find_held(source, keyframes))
-        for source in sources
-    ]
-    covered = dict(cut_kinetics.find_keyframes(clips, keyframes))
+    plan = functools.partial(cut_kinetics.plan_clips, keyframes=keyframes)
+    jobs, _ = cut_kinetics.read_list(listing, plan)
+    clips = cut_kinetics.find_clips({job.clip.name for job in jobs}, keyframes)
+    covered = {(clip.video_id, found) for clip in clips for found in clips[clip]}
     queue.put(
         (
             sum(map(len, keyframes.values())),
@@ -72,7 +73,9 @@ def main() -> None:
             job = write_job(Path(sys.argv[1]), Path(sys.argv[2]), copies, Path(folder))
             lines = [sum(1 for _ in open(path)) for path in job]
             queue = multiprocessing.get_context('spawn').Queue()
-            process = multiprocessing.get_context('spawn').Process(target=plan, args=(*job, queue))
+            process = multiprocessing.get_context('spawn').Process(
+                target=plan_all, args=(*job, queue)
+            )
             process.start()
             keyframes, planned, seconds, memory = queue.get()
             process.join()

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 REPO = Path(__file__).parent.parent
-sys.path[:0] = [str(REPO), str(REPO / 'tests')]
+sys.path[:0] = [str(REPO / folder) for folder in ('', 'tests', 'tests/tools')]
 warnings.filterwarnings('ignore')
 import draw  # noqa: E402
 import fetch_proposal  # noqa: E402
@@ -90,8 +90,9 @@ def write_frames(root: Path, count: int) -> list[fetch_proposal.Frame]:
         (root / 'rawframes' / clip).mkdir(parents=True)
         for second in range(4):
             image = draw.draw_frame(scene, second, [(340, 256), (426, 240)][scene % 2])[0]
-            cv2.imwrite(str(root / f'rawframes/{clip}/img_{second * 30 + 1:05d}.jpg'), image)
-            frames += fetch_proposal.plan_frames([(clip, second)], 0, root)
+            cv2.imwrite(str(root / f'rawframes/{clip}/img_{second * draw.FPS + 1:05d}.jpg'), image)
+            keyframe = fetch_proposal.Keyframe(fetch_proposal.parse_clip(clip), second)
+            frames += fetch_proposal.plan_frames([keyframe], 0, root)
     return frames[:count]
 
 
@@ -142,7 +143,7 @@ def count_operations(options: fetch_proposal.Options, frame: fetch_proposal.Fram
     from torch.utils.flop_counter import FlopCounterMode
 
     model, pipeline, device = fetch_proposal.start_detector(options)
-    _, data = next(fetch_proposal.load_frames([frame], options.root, pipeline))
+    _, data, _ = next(fetch_proposal.load_frames([frame], options.root, pipeline))
     with FlopCounterMode(display=False) as counter:
         fetch_proposal.predict(model, [data], device, False)
     return counter.get_total_flops()
@@ -196,7 +197,7 @@ def describe(setting: dict) -> str:
 def main() -> None:
     args = parse_args()
     fetch_proposal.use_torchvision_operators()
-    fetch_proposal.same_people = lambda *_: (
+    fetch_proposal.boxes_agree = lambda *_: (
         True
     )  # random weights may go too far in half precision; the table says how far
     from mmdet.apis import inference_detector
@@ -228,8 +229,9 @@ def main() -> None:
             1,
             (),
         )
-        fetch_proposal.own_device = lambda gpus: args.device
-        model, _ = fetch_proposal.build_detector(base.config, base.checkpoint)
+        fetch_proposal.choose_device = lambda num_gpus: args.device
+        model, _ = fetch_proposal.build_model(base.config)
+        fetch_proposal.load_weights(model, base.checkpoint)
         model.cfg = fetch_proposal.load_config(base.config, True)
         model.to(args.device)
 
@@ -237,7 +239,7 @@ def main() -> None:
             found = {}
             for frame in frames:
                 answer = inference_detector(model, str(root / frame.file))
-                found[frame.key] = fetch_proposal.people_of(answer, base.score_thr)
+                found[frame.keyframe.key] = fetch_proposal.extract_people(answer, base.score_thr)
             return found
 
         expected = loop()  # also warms up
@@ -264,7 +266,8 @@ def main() -> None:
                 fetch_proposal.start_detector(options)[0].to(memory_format=setting['layout'])
             torch.backends.cudnn.benchmark = setting['autotuning']
             torch.backends.cuda.matmul.allow_tf32 = setting['tf32']
-            found = dict(fetch_proposal.detect(frames, options))  # warms up
+            detections = fetch_proposal.detect(frames, options)  # warms up
+            found = {detection.key: detection.boxes for detection in detections}
             runs = [
                 timed(lambda: fetch_proposal.detect(frames, options), args.device)
                 for _ in range(args.rounds)

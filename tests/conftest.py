@@ -17,7 +17,7 @@ from filelock import FileLock
 from hypothesis import settings
 
 REPO = Path(__file__).parent.parent
-sys.path[:0] = [str(REPO / 'tests'), str(REPO / 'benchmarks'), str(REPO)]
+sys.path[:0] = [str(REPO / folder) for folder in ('tests', 'tests/tools', 'benchmarks', '')]
 pytest.register_assert_rewrite('helpers', 'job')
 import demo  # noqa: E402
 import helpers  # noqa: E402
@@ -152,7 +152,7 @@ def device(monkeypatch):
     """Step 6 takes `cpu:0`, a device other than the CPU as far as PyTorch's names go."""
     import fetch_proposal
 
-    monkeypatch.setattr(fetch_proposal, 'own_device', lambda gpus: 'cpu:0')
+    monkeypatch.setattr(fetch_proposal, 'choose_device', lambda num_gpus: 'cpu:0')
     fetch_proposal.start_detector.cache_clear()
     yield
     fetch_proposal.start_detector.cache_clear()

@@ -26,7 +26,7 @@ import psutil
 import draw
 
 REPO = Path(__file__).parent.parent
-HOLD = str(REPO / 'tests/hold')
+HOLD = str(REPO / 'tests/tools/hold')
 TINY = [f'--config={REPO}/tests/tiny_detector.py', f'--checkpoint={REPO}/tests/tiny_detector.pth']
 
 
@@ -318,7 +318,7 @@ def fake_frames(folder: Path, clip: str, count: int | None = None) -> None:
     """A clip folder with as many frames, none a picture, as its name says, or with `count`."""
     (folder / clip).mkdir(parents=True)
     if count is None:
-        count = (int(clip[-6:]) - int(clip[-13:-7])) * 30
+        count = (int(clip[-6:]) - int(clip[-13:-7])) * draw.FPS
     for index in range(1, count + 1):
         (folder / clip / f'img_{index:05d}.jpg').write_bytes(b'frame')
 
@@ -384,7 +384,7 @@ def write_root(root: Path, scenes) -> Path:
         (root / 'rawframes' / clip).mkdir(parents=True)
         for second in range(4):
             image, boxes = draw.draw_frame(scene, second, FRAME_SIZES[scene % 4])
-            cv2.imwrite(str(root / f'rawframes/{clip}/img_{second * 30 + 1:05d}.jpg'), image)
+            cv2.imwrite(str(root / f'rawframes/{clip}/img_{second * draw.FPS + 1:05d}.jpg'), image)
             if second == 2:
                 rows += ''.join(
                     '{},12,{:.3f},{:.3f},{:.3f},{:.3f},12,-1\n'.format(clip, *box) for box in boxes

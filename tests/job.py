@@ -92,7 +92,7 @@ def draw_sources(folder: Path) -> None:
         path = f'a b (c)/{index:011d}_000000_000010.mp4'
         (folder / path).parent.mkdir(exist_ok=True)
         picture = draw.draw_frame(index, 0, SIZE)[0]
-        draw.encode(folder / path, itertools.repeat(picture, 300), 30, SIZE)
+        draw.encode(folder / path, itertools.repeat(picture, 300), draw.FPS, SIZE)
         lines, rows = lines + f'{path} 1\n', rows + annotation_rows(f'{index:011d}', 5, 2)
         with tarfile.open(folder / f'{1 + index % 2}.tar', 'a') as tar:
             tar.add(folder / path, path)

@@ -153,7 +153,7 @@ def test_a_damaged_header_is_no_end(kinetics, archives, tmp_path):
         last = tar.getmembers()[-1].offset
     archives[2].write_bytes(whole[:last] + b'\xff' * 512 + whole[last + 512 :])
     done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives, code=1)
-    assert '3.tar: ' in errors(done) and 'no tar archive, or a damaged one' in errors(done)
+    assert '3.tar: ' in errors(done) and 'not a tar archive, or a damaged one' in errors(done)
     archives[2].write_bytes(whole)
     cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives)
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')

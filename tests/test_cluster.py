@@ -192,7 +192,7 @@ def test_a_missing_package_is_told(job, tmp_path, monkeypatch):
 
 def test_more_items_than_the_cluster_is_given_at_once(job, shared, tmp_path):
     source = (REPO / 'cut_kinetics.py').read_text()
-    assert source.count('AHEAD = 500') == 1
-    (tmp_path / 'cut.py').write_text(source.replace('AHEAD = 500', 'AHEAD = 3'))
+    assert source.count('MAX_QUEUED = 500') == 1
+    (tmp_path / 'cut.py').write_text(source.replace('MAX_QUEUED = 500', 'MAX_QUEUED = 3'))
     run(tmp_path / 'cut.py', *job.command('cut', tmp_path / 'root', shared)[2:])
     assert_undisturbed(job, 'cut', tmp_path / 'root')

@@ -93,12 +93,12 @@ def test_every_frame_is_the_nearest(matrix, index, name):
     start, end = max(START, keyframe - 2), min(START + 10, keyframe + 2)
     path = matrix[0] / f'root/videos/{video_id(index)}_{start:06d}_{end:06d}.mp4'
     reader = decord.VideoReader(str(path))
-    assert reader.get_avg_fps() == 30
+    assert reader.get_avg_fps() == draw.FPS
     assert reader[0].shape[:2] == tuple(side // 2 * 2 for side in variant.get('size', SIZE)[::-1])
     numbers, times = clip_frames(path), number_times(variant)
-    assert len(numbers) == (end - start) * 30
+    assert len(numbers) == (end - start) * draw.FPS
     for k, number in enumerate(numbers):
-        due = start - START + k / 30
+        due = start - START + k / draw.FPS
         nearest = min(abs(time - due) for time in times.values())
         assert abs(times[number] - due) <= nearest + 0.0011, (
             f'frame {k} shows {number}'
@@ -106,7 +106,7 @@ def test_every_frame_is_the_nearest(matrix, index, name):
     if not variant.get('drop'):
         due = keyframe - START
         slower = min(30, Fraction(variant.get('fps', 30)))
-        assert abs(times[numbers[(keyframe - start) * 30]] - due) <= 0.5 / slower + 1e-6
+        assert abs(times[numbers[(keyframe - start) * draw.FPS]] - due) <= 0.5 / slower + 1e-6
 
 
 def test_clips_are_what_training_expects(matrix):
@@ -336,7 +336,7 @@ def test_frames_whose_times_run_backwards_are_reported(world):
     """H.264 with B-frames in AVI: the container has no times of presentation."""
     path = 'a/aaaaaaaaaaa_000000_000010.avi'
     make(world, {path: dict(suffix='avi', options=('-bf', '3'))}, annotation_rows('aaaaaaaaaaa', 5))
-    assert 'not one clip could be cut' in errors(cut(world, code=1))
+    assert 'no clip could be cut' in errors(cut(world, code=1))
     reason = reasons(world)['aaaaaaaaaaa', '5']
     assert re.fullmatch(
         r'damaged video: the times of its frames run backwards, at \d\.\d s', reason
@@ -391,9 +391,9 @@ def test_every_unusable_line_is_reported_with_its_number(world):
         annotation_rows('aaaaaaaaaaa', 105)
         + 'aaaaaaaaaaa,105,0.1,0.2\n'
         + 'aaaaaaaaaaa,nan,0.1,0.2,0.5,0.9,3\n'
-        + 'short,105,0.1,0.2,0.5,0.9,3\n'
+        + 'no id,105,0.1,0.2,0.5,0.9,3\n'
         + 'aaaaaaaaaaa,105,0.1,0.2,inf,0.9,3\n'
-        + 'aaaaaaaaaaa,105,0.1,0.2,0.5,0.9,81\n'
+        + 'aaaaaaaaaaa,105,0.1,0.2,0.5,0.9,0\n'
         + 'aaaaaaaaaaa,105,0.1,0.2,0.5,x,3\n'
         + annotation_rows('aaaaaaaaaaa', 150)
         + annotation_rows('bbbbbbbbbbb', 3)
@@ -481,7 +481,7 @@ def test_errors_say_what_to_do(world):
         cut(world, code=1)
     )
     make(world, {'a/aaaaaaaaaaa_000100_000110.mp4': None}, annotation_rows('aaaaaaaaaaa', 105))
-    assert 'not one clip could be cut' in errors(cut(world, code=1))
+    assert 'no clip could be cut' in errors(cut(world, code=1))
     both = errors(cut(world, '--kinetics_archives', 'x.tar', code=1))
     assert both == 'error: give --kinetics_list or --kinetics_archives, not both'
     (world / 'kinetics700/list.txt').unlink()

@@ -86,7 +86,7 @@ def test_damage_in_the_middle_is_told_with_its_time_and_no_clip_shows_it(tmp_pat
         else:
             first, last = max(0, second - 2), second + 2
             assert numbers(tmp_path, f'{video}_{first:06d}_{last:06d}') == list(
-                range(first * 30, last * 30)
+                range(first * draw.FPS, last * draw.FPS)
             )
     assert 6 <= told < 14
 
@@ -128,7 +128,7 @@ def test_missing_pictures_are_told(tmp_path, suffix):
     reasons = cut_sources(tmp_path, sources | {'short______': (drawn(tmp_path, short), 5)}, suffix)
     assert reasons == dict.fromkeys(
         ['hole______1', 'hole______2', 'hole______4', 'hole______7'],
-        'damaged video: no picture between 2.0 and 7.0 s',
+        'damaged video: no frame between 2.0 and 7.0 s',
     )
     shown = numbers(tmp_path, 'short_______000003_000007')
     assert all(abs(number - due) <= 22 for due, number in enumerate(shown, 90))
@@ -139,7 +139,7 @@ def test_missing_pictures_at_the_start_are_told(tmp_path):
     reasons = cut_sources(
         tmp_path, {f'late______{second}': (drawn(tmp_path, late), second) for second in (1, 6)}
     )
-    assert reasons == {'late______1': 'damaged video: no picture between 0.0 and 3.0 s'}
+    assert reasons == {'late______1': 'damaged video: no frame between 0.0 and 3.0 s'}
 
 
 def test_another_copy_takes_the_place_of_a_damaged_one(tmp_path):
@@ -226,11 +226,11 @@ def test_pictures_that_change_in_the_middle(tmp_path, change, lost):
     )
     reasons = cut_sources(tmp_path, {'changes____': ((tmp_path / 'c.mp4').read_bytes(), 5)})
     if lost:
-        assert reasons == {'changes____': 'damaged video: the size of its pictures changes'}
+        assert reasons == {'changes____': 'damaged video: the size of its frames changes'}
     else:
         shown = numbers(tmp_path, 'changes_____000003_000007')
         assert not reasons and all(
-            abs(number - due * 25 / 30) <= 0.51 for due, number in enumerate(shown, 90)
+            abs(number - due * 25 / draw.FPS) <= 0.51 for due, number in enumerate(shown, 90)
         )
 
 
@@ -256,5 +256,5 @@ def test_no_clip_out_of_a_randomly_damaged_video_shows_a_wrong_time_unreported(
             shown = numbers(tmp_path, f'{video}_{first:06d}_{second + 2:06d}')
             assert all(
                 number < 0 or abs(number - due) <= 22
-                for due, number in enumerate(shown, first * 30)
+                for due, number in enumerate(shown, first * draw.FPS)
             ), video

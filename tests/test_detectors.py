@@ -186,7 +186,7 @@ def detected_by_mmdet(folder, root, score_thr: float) -> dict[str, np.ndarray]:
         result = inference_detector(model, str(path))
         people, (height, width) = result.pred_instances.cpu().numpy(), result.ori_shape
         people = people[(people.labels == 0) & (people.scores > score_thr)]
-        second = 10 + int(path.stem[4:]) // 30
+        second = 10 + int(path.stem[4:]) // draw.FPS
         if len(people) and second != 10:
             boxes = np.clip(people.bboxes / [width, height, width, height], 0, 1)
             inside = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)  # not in the padding
@@ -271,7 +271,7 @@ def test_other_people_on_the_device_end_the_run_before_it_starts(
         return answers
 
     monkeypatch.setattr(fetch_proposal, 'predict', shifted)
-    assert 'is wrong on cpu:0: the CPU finds other people' in fetch_refused(root, tmp_path, *TINY)
+    assert 'cpu:0 and the CPU disagree on the first frames' in fetch_refused(root, tmp_path, *TINY)
     assert calls == ['cpu'] * 3 + ['cpu:0'] * 3 and not (tmp_path / 'none.pkl').exists()
     fetch_proposal.start_detector.cache_clear()
     monkeypatch.setattr(fetch_proposal, 'MAX_BOX_SHIFT', 0.2)  # the check is what refused it
@@ -474,7 +474,7 @@ def test_a_training_checkpoint_is_refused_and_its_weights_alone_are_read(root, t
     everything = {**weights, 'message_hub': hub.state_dict()}
     torch.save(everything, tmp_path / 'epoch_1.pth')
     message = fetch_refused(root, tmp_path, TINY[0], f'--checkpoint={tmp_path}/epoch_1.pth')
-    assert 'epoch_1.pth is damaged, no checkpoint, or holds more than weights' in message
+    assert 'epoch_1.pth is damaged, not a checkpoint, or holds more than weights' in message
     assert message.endswith('if it is your own, save its state_dict alone')
     fetch_proposal.main([f'--avakinetics_root={root}', f'--picklepath={tmp_path}/b.pkl', *TINY])
     # mmdet's publish_model.py writes PyTorch's old format

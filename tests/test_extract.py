@@ -43,7 +43,7 @@ def test_frames_are_the_clips(root):
 
 def test_levels_of_video_become_those_of_jpeg():
     """Black, white and no colour stay so, each level in between the nearest one."""
-    luma, *chroma = extract_rgb_frames.full_range()
+    luma, *chroma = extract_rgb_frames.full_range_tables()
     assert [luma[level] for level in (0, 16, 126, 235, 255)] == [0, 0, 128, 255, 255]
     for table in chroma:
         assert [table[level] for level in (0, 16, 128, 240, 255)] == [0, 0, 128, 255, 255]
@@ -53,7 +53,7 @@ def test_quality_is_that_of_q2(root, tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (30, 60, 80, 3), dtype=np.uint8)
     frames = [cv2.resize(image, (320, 240), interpolation=cv2.INTER_CUBIC) for image in noise]
     clip = root / 'videos/QqQqQqQqQqQ_000000_000001.mp4'
-    draw.encode(clip, frames, 30, (320, 240), options=['-crf', '10'])
+    draw.encode(clip, frames, draw.FPS, (320, 240), options=['-crf', '10'])
     here('extract_rgb_frames.py', f'--avakinetics_root={root}')
     subprocess.run(
         [draw.FFMPEG, '-v', 'error', '-i', str(clip), '-q:v', '2', str(tmp_path / '%05d.jpg')],
@@ -91,7 +91,7 @@ def test_bad_clips_cost_themselves_only(root):
     rows = dict(read_csv(root / 'reports/extract_rgb_frames.csv'))
     assert (
         rows['SHORT-SHORT_000000_000003']
-        == 'wrong number of frames: 60, not 90; remove it, run Step 3 again'
+        == 'wrong number of frames: 60, not 90; remove the clip, then run Step 3 again'
     )
     assert rows['EMPTY-EMPTY_000000_000002'].startswith('unreadable clip: ')
     assert len(rows) == 3
@@ -107,6 +107,6 @@ def test_errors_say_what_to_do(tmp_path):
         here('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1)
     )
     (tmp_path / 'bare/videos/EMPTY-EMPTY_000000_000002.mp4').touch()
-    assert 'not one clip' in errors(
+    assert 'no clip could' in errors(
         here('extract_rgb_frames.py', f'--avakinetics_root={tmp_path}/bare', code=1)
     )

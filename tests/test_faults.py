@@ -160,7 +160,7 @@ def run_mounted(job, step: str, folder: Path, free: int | str) -> list[tuple[int
     done = subprocess.run(
         [
             sys.executable,
-            Path(__file__).with_name('mounted.py'),
+            Path(__file__).with_name('tools') / 'mounted.py',
             folder / 'mount',
             job.before(step),
             folder,

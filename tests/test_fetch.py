@@ -1,6 +1,5 @@
 """Step 6: real detections of a real detector, equal to what mmdet gives frame by frame."""
 
-import argparse
 import functools
 import http.server
 import itertools
@@ -57,6 +56,14 @@ def fetch(root, *options, **kwargs):
 SCENES = 40
 
 
+def keyframe_of(clip: str, timestamp: int = 12) -> fetch_proposal.Keyframe:
+    return fetch_proposal.Keyframe(fetch_proposal.parse_clip(clip), timestamp)
+
+
+def digest_of(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
 @pytest.fixture(scope='module')
 def fetched(common):
     """Forty clips of one annotated keyframe each, detected, and what the run said."""
@@ -88,13 +95,7 @@ def test_keys_are_the_keyframes_and_their_neighbours(fetched):
     for boxes in proposals.values():
         assert boxes.dtype == np.float64 and boxes.shape[1] == 5
         assert boxes.min() >= 0 and boxes.max() <= 1 and (boxes[:, 4] > 0.7).all()
-    data, digest = (
-        (root / 'kinetics_proposal.pkl').read_bytes(),
-        sha256((root / 'kinetics_train.csv').read_bytes()),
-    )
-    assert b'numpy._core' not in data and data.endswith(
-        f'\nmade of {digest.hexdigest()}\n'.encode()
-    )
+    assert b'numpy._core' not in (root / 'kinetics_proposal.pkl').read_bytes()
 
 
 def test_neighbours_outside_the_clip_are_left_out(tmp_path):
@@ -176,8 +177,9 @@ def test_mmaction2_keeps_what_scores_at_least_0_9_or_the_best(tmp_path, scores, 
     """Of two boxes with a proposal each."""
     boxes = [(0.1, 0.1, 0.4, 0.9), (0.6, 0.1, 0.9, 0.9)]
     people = np.array([[*box, score] for box, score in zip(boxes, scores)])
-    name, key = ('aaaaaaaaaaa_000010_000014', 12), 'aaaaaaaaaaa,0012'
-    fetch_proposal.report_recall(tmp_path / 'recall.csv', {name: set(boxes)}, {key: people})
+    keyframe = keyframe_of('aaaaaaaaaaa_000010_000014')
+    proposals = {keyframe.key: people}
+    fetch_proposal.report_recall(tmp_path / 'recall.csv', {keyframe: set(boxes)}, proposals)
     ((*_, matched, _, matched_kept, _, _),) = read_csv(tmp_path / 'recall.csv')[1:]
     assert (matched, matched_kept) == ('2', str(kept))
     assert keeps(people) == kept
@@ -210,11 +212,11 @@ def test_proposals_that_hardly_match_are_warned_of(
     """
     boxes, proposals = {}, {}
     for index in range(matched + missed + empty):
-        boxes[f'{index:011d}_000010_000014', 12] = {(0.1, 0.1, 0.5, 0.9)}
+        boxes[keyframe_of(f'{index:011d}_000010_000014')] = {(0.1, 0.1, 0.5, 0.9)}
         left = 0.1 if index < matched else 0.6
         if index < matched + missed:
             proposals[f'{index:011d},0012'] = np.array([[left, 0.1, left + 0.4, 0.9, 0.95]])
-    boxes['00000000000_000010_000014', 12] |= {
+    boxes[keyframe_of('00000000000_000010_000014')] |= {
         (0.1, 0.1, 0.5, 0.89 - i / 1000) for i in range(crowd)
     }
     warning = fetch_proposal.report_recall(tmp_path / 'recall.csv', boxes, proposals)
@@ -246,7 +248,7 @@ def test_the_other_splits_pickle_is_not_overwritten(small, tmp_path):
     for name, other in ('val', 'kinetics_proposal'), ('train', 'kinetics_val_proposal'):
         options = f'--datalist={root}/kinetics_{name}.csv', f'--picklepath={root}/{other}.pkl'
         message = errors(fetch(root, *options, code=1))
-        assert f'{other}.pkl is of the other split; set --picklepath to another' in message
+        assert f'{other}.pkl belongs to the other split; set --picklepath to another' in message
     assert snapshot(root) == before
 
 
@@ -265,7 +267,9 @@ def test_boxes_are_those_of_inference_detector(fetched, tiny):
 
     root, proposals = fetched[0], load(fetched[0] / 'kinetics_proposal.pkl')
     for scene, second in itertools.product(range(SCENES), (1, 2, 3)):
-        path = root / f'rawframes/scene-{scene:05d}_000010_000014/img_{second * 30 + 1:05d}.jpg'
+        path = (
+            root / f'rawframes/scene-{scene:05d}_000010_000014/img_{second * draw.FPS + 1:05d}.jpg'
+        )
         result = inference_detector(tiny, str(path)).pred_instances.numpy()
         chosen = (result.labels == 0) & (result.scores > 0.7)
         width, height = FRAME_SIZES[scene % 4]
@@ -284,6 +288,9 @@ def test_second_run_changes_nothing(small, tmp_path):
     before = snapshot(root)
     assert NOTHING in fetch(root).stdout
     assert snapshot(root) == before
+    record = json.loads((root / 'reports/fetch_proposal_train.json').read_text())
+    assert record['proposals_sha256'] == digest_of(root / 'kinetics_proposal.pkl')
+    assert record['datalist_sha256'] == digest_of(root / 'kinetics_train.csv')
     (root / 'kinetics_proposal.pkl').write_bytes(b'of another program')
     assert NOTHING in fetch(root).stdout and snapshot(root) == before
 
@@ -404,7 +411,7 @@ def test_unreadable_frames_cost_themselves_only(small, tmp_path):
     again = fetch(root).stdout
     assert (
         'frames to detect: 3, detected before: 21' in again
-        and '3 left out: unreadable frame' in again
+        and '3 skipped: unreadable frame' in again
     )
     (root / FRAMES).unlink()  # the detector's name stands there once more
     before.pop(FRAMES)
@@ -488,7 +495,7 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
         return refused('fetch_proposal.py', *place, config, TINY[1], *options)
 
     datalist = f'--datalist={fetched[0]}/kinetics_train.csv'
-    assert 'not one frame could be read' in refusal(datalist, root=tmp_path)
+    assert 'no frame could be read' in refusal(datalist, root=tmp_path)
     (tmp_path / 'empty.csv').touch()
     assert 'is empty' in refusal(f'--datalist={tmp_path}/empty.csv')
     (tmp_path / 'kinetics-700.csv').write_text(
@@ -515,9 +522,9 @@ def test_errors_say_what_to_do_before_any_frame_is_read(fetched, tmp_path, monke
         Path(whole).read_bytes()[:-500],
     ):
         (tmp_path / 'bad.pth').write_bytes(content)
-        assert 'damaged, no checkpoint, or' in refusal(f'--checkpoint={tmp_path}/bad.pth')
+        assert 'damaged, not a checkpoint, or' in refusal(f'--checkpoint={tmp_path}/bad.pth')
     torch.save(Evil(), tmp_path / 'evil.pth')
-    assert 'damaged, no checkpoint, or' in refusal(f'--checkpoint={tmp_path}/evil.pth')
+    assert 'damaged, not a checkpoint, or' in refusal(f'--checkpoint={tmp_path}/evil.pth')
     assert not (tmp_path / 'pwned').exists()
     message = refusal(config=f'--config={REPO}/X-101-64x4d-FPN.py')
     assert 'does not fit the config' in message and 'backbone.' in message
@@ -536,15 +543,15 @@ def test_a_checkpoint_is_downloaded_once(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f'http://127.0.0.1:{server.server_port}/'
-        paths = [fetch_proposal.local_checkpoint(url + name) for name in names[:2]]
+        paths = [fetch_proposal.find_checkpoint(url + name) for name in names[:2]]
         with pytest.raises(
             SystemExit, match='cannot be downloaded'
         ):  # another file than its name says
-            fetch_proposal.local_checkpoint(url + names[2])
+            fetch_proposal.find_checkpoint(url + names[2])
     finally:
         server.shutdown()
     assert [path.read_bytes() for path in paths] == [data, data]
-    assert [fetch_proposal.local_checkpoint(url + name) for name in names[:2]] == paths
+    assert [fetch_proposal.find_checkpoint(url + name) for name in names[:2]] == paths
 
 
 def test_frames_that_were_done_before_a_kill_are_not_detected_again(tmp_path):
@@ -591,8 +598,8 @@ def test_a_list_that_changes_meanwhile_is_not_what_the_pickle_was_made_of(
 
     monkeypatch.setattr(fetch_proposal, 'detect_missing', change)
     fetch(root)
-    made_of = sha256(rows.read_bytes()).hexdigest().encode()
-    assert (root / 'kinetics_proposal.pkl').read_bytes().endswith(b'made of ' + made_of + b'\n')
+    record = json.loads((root / 'reports/fetch_proposal_train.json').read_text())
+    assert record['datalist_sha256'] == digest_of(rows)
 
 
 def test_neighbors_and_score_thr(fetched, tmp_path):
@@ -607,7 +614,7 @@ def test_neighbors_and_score_thr(fetched, tmp_path):
 @pytest.fixture
 def few(fetched):
     """Eight frames and how a detector runs on them."""
-    keyframes = [(f'scene-{scene:05d}_000010_000014', 12) for scene in range(0, 32, 4)]
+    keyframes = [keyframe_of(f'scene-{scene:05d}_000010_000014') for scene in range(0, 32, 4)]
     frames = fetch_proposal.plan_frames(keyframes, 0, fetched[0])
     return frames, options_of(fetched[0], frames)
 
@@ -618,10 +625,10 @@ def options_of(root, frames, **others) -> fetch_proposal.Options:
     return options._replace(**others)
 
 
-def assert_found(found: dict, fetched, frames) -> None:
+def assert_found(detections: list, fetched, frames) -> None:
     expected = load(fetched[0] / 'kinetics_proposal.pkl')
-    assert found.keys() == {frame.key for frame in frames}
-    for key, boxes in found.items():
+    assert {found.key for found in detections} == {frame.keyframe.key for frame in frames}
+    for key, boxes, _ in detections:
         assert_same_people(boxes, expected[key])
 
 
@@ -639,17 +646,15 @@ def test_a_process_for_each_gpu_has_its_own(fetched, few, monkeypatch):
     devices = []
     for name in 'SpawnProcess-4', 'SpawnProcess-5', 'SpawnProcess-6', 'MainProcess':
         monkeypatch.setattr(multiprocessing.current_process(), 'name', name)
-        devices.append(fetch_proposal.own_device(3))
+        devices.append(fetch_proposal.choose_device(3))
     assert devices == ['cuda:1', 'cuda:2', 'cuda:0', 'cuda:0']
-    assert fetch_proposal.own_device(0) == 'cpu'
+    assert fetch_proposal.choose_device(0) == 'cpu'
 
 
 def test_several_processes_find_what_one_does(fetched, few):
-    chunks = [(few[0][first : first + 2], few[1]) for first in range(0, 8, 2)]
-    args = argparse.Namespace(num_workers=2, dask_scheduler=None)
-    answers = fetch_proposal.run_all(fetch_proposal.detect, chunks, args)
-    found = dict(answer for _, answers in answers for answer in answers)
-    assert_found(found, fetched, few[0])
+    chunks = [few[0][first : first + 2] for first in range(0, 8, 2)]
+    results = fetch_proposal.run_all(fetch_proposal.detect, chunks, few[1], 2, None)
+    assert_found([found for _, result in results for found in result], fetched, few[0])
 
 
 def test_a_frame_that_the_pipeline_cannot_take_costs_itself_only(tmp_path):
@@ -692,7 +697,7 @@ def test_boxes_without_area_are_no_people():
     )
     answer = SimpleNamespace(pred_instances=found, ori_shape=(100, 200))
     np.testing.assert_allclose(
-        fetch_proposal.people_of(answer, 0.7), [[0.05, 0.1, 0.25, 0.9, 0.9]], atol=1e-7
+        fetch_proposal.extract_people(answer, 0.7), [[0.05, 0.1, 0.25, 0.9, 0.9]], atol=1e-7
     )
 
 
@@ -706,17 +711,17 @@ def test_a_run_says_where_it_runs(small, tmp_path, monkeypatch):
 
 
 def test_a_device_that_finds_the_same_people_is_used(fetched, few, device):
-    assert_found(dict(fetch_proposal.detect(*few)), fetched, few[0])
+    assert_found(fetch_proposal.detect(*few), fetched, few[0])
 
 
 def test_first_frames_that_cannot_be_read_are_not_compared(fetched, few, device):
     gone = few[0][0]._replace(file='no-such-one')
     options = few[1]._replace(first_frames=(gone, gone))
-    assert_found(dict(fetch_proposal.detect(few[0], options)), fetched, few[0])
+    assert_found(fetch_proposal.detect(few[0], options), fetched, few[0])
 
 
 def test_a_gpu_that_cannot_start_ends_the_run(few, device, monkeypatch):
-    monkeypatch.setattr(fetch_proposal, 'own_device', lambda gpus: 'cuda:7')
+    monkeypatch.setattr(fetch_proposal, 'choose_device', lambda num_gpus: 'cuda:7')
     with pytest.raises(fetch_proposal.DetectorError, match='cannot run'):
         fetch_proposal.detect(*few)
 

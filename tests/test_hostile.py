@@ -25,7 +25,6 @@ import prepare_annotation
 import sample_world
 import softlink_ava
 from helpers import (
-    REPO,
     TINY,
     Evil,
     annotation_rows,
@@ -343,22 +342,23 @@ ANNOTATIONS = {  # name -> (line, whether it is one); None: it is no line at all
     'infinite box': (LINE.replace('0.9', '1e999'), False),
     'negative box': (LINE.replace('0.1', '-0.1'), False),
     'box in pixels': (LINE.replace('0.9', '240'), False),
-    'reversed box': (LINE.replace('0.1', '0.6'), 'Step 5'),
-    'empty box': (LINE.replace('0.1', '0.5'), 'Step 5'),
+    'reversed box': (LINE.replace('0.1', '0.6'), False),
+    'empty box': (LINE.replace('0.1', '0.5'), False),
     'cut off': ('aaaaaaaaaaa,5.005,', False),
     'columns missing': ('aaaaaaaaaaa,5,0.1,0.2,0.5', False),
     'columns too many': (LINE + ',1', False),
     'one column': ('aaaaaaaaaaa', False),
     'empty fields': (',,,,,,', False),
     'action 0': (LINE[:-2] + '0', False),
-    'action 81': (LINE[:-2] + '81', False),
+    'action 81, of other classes': (LINE[:-2] + '81', True),
     'action of a half': (LINE[:-2] + '1.5', False),
     'action not a number': (LINE[:-2] + 'run', False),
     'climbing id': ('../../../../x,5,0.1,0.2,0.5,0.9,12', False),
     'absolute id': ('/etc/passwd,5,0.1,0.2,0.5,0.9,12', False),
     'id with a slash': ('aaaaa/aaaaa,5,0.1,0.2,0.5,0.9,12', False),
     'id with a NUL': ('aaaaa\0aaaaa,5,0.1,0.2,0.5,0.9,12', False),
-    'short id': ('a,5,0.1,0.2,0.5,0.9,12', False),
+    'short id': ('a,5,0.1,0.2,0.5,0.9,12', 'another video'),
+    'id of 65 characters': ('a' * 65 + ',5,0.1,0.2,0.5,0.9,12', False),
     'other digits': (LINE.replace('aaaaaaaaaaa', '１２３４５６７８９０１'), False),
     'a million characters': ('x' * 1_000_000, False),
     'a million columns': (',' * 1_000_000, False),
@@ -416,20 +416,20 @@ def test_annotation_lines(annotated, name, step):
     names = list(ANNOTATIONS)
     names[:2] = names[1::-1]
     number = names.index(name) + 1
-    bad = [False] if step == 'cut_kinetics' else [False, 'Step 5']  # which reads boxes
-    assert (number in annotated[step]) == (ANNOTATIONS[name][1] in bad)
+    assert (number in annotated[step]) == (ANNOTATIONS[name][1] is False)
     assert all(len(reason) < 300 for reason in annotated[step].values())
 
 
-def test_an_annotation_is_judged_alike_beside_any_other(tmp_path):
+def test_an_annotation_is_judged_alike_before_and_after_any_other(tmp_path):
+    path = tmp_path / 'annotations.csv'
     for name, (line, good) in ANNOTATIONS.items():
         data = line.encode() if isinstance(line, str) else line
-        for neighbour in b'', b'\naaaaaaaaaaa,7':
-            (tmp_path / 'annotations.csv').write_bytes(data + neighbour + b'\n')
-            rows, problems = prepare_annotation.read_annotations(tmp_path / 'annotations.csv')
-            assert len(rows) == (good is True) + bool(neighbour) and len(problems) == (
-                good in (False, 'Step 5')
-            ), (name, neighbour)
+        for lines in (data, LINE.encode()), (LINE.encode(), data):
+            path.write_bytes(b'\n'.join(lines) + b'\n')
+            if lines[0] == data or name not in ('byte order mark', 'UTF-16'):  # which come first
+                annotations, malformed = prepare_annotation.read_annotations(path)
+                assert len(annotations) == 1 + (good in (True, 'another video')), name
+                assert len(malformed) == (good is False), name
 
 
 # name -> (line, whether it is malformed; if not, there is no such file, but for the good one)
@@ -656,7 +656,8 @@ def test_frames_of_clips(tmp_path, name):
     numbered_source(good, dict(seconds=4))
     (tmp_path / f'videos/{clip}.mp4').write_bytes(CLIPS[name](good.read_bytes()))
     with pytest.raises(ValueError, match='frame 91 of'):
-        frame = fetch_proposal.Frame('key', clip, 3, f'videos/{clip}.mp4', 0)
+        keyframe = fetch_proposal.Keyframe(fetch_proposal.parse_clip(clip), 3)
+        frame = fetch_proposal.Frame(keyframe, f'videos/{clip}.mp4', 0)
         fetch_proposal.read_frame(tmp_path, frame)
 
 
@@ -736,7 +737,7 @@ def test_a_clip_whose_track_has_a_name_that_is_no_utf8(tmp_path):
     numbered_source(clip, dict(seconds=4))
     clip.write_bytes(clip.read_bytes().replace(b'VideoHandler', b'VideoHandl\xff\xfe'))
     named = prepare_annotation.Clip(clip.stem, 'good-clip-0', 0, 4)
-    assert prepare_annotation.check_clip(named, tmp_path).problem.startswith('unreadable clip: ')
+    assert prepare_annotation.check_clip(named, tmp_path).error.startswith('unreadable clip: ')
 
 
 def huge_jpeg(path: Path) -> bytes:
@@ -955,7 +956,7 @@ def test_merged_files_to_check(merging, tmp_path, monkeypatch):
     """The last step looks through the merged files, whoever wrote them, and through whatever lies
     beside AVA's folders.
     """
-    monkeypatch.setattr(softlink_ava, 'draw_plots', lambda *_: '')  # which take half a second each
+    monkeypatch.setattr(softlink_ava, 'plots_html', lambda *_: '')  # which takes half a second
     frames = tmp_path / 'ava/rawframes'
     for name in '-5KQ66BBWC4', 'new\nline', os.fsdecode(b'\xff\xfe'), 'a (b); c':
         (frames / name).mkdir(parents=True)
@@ -981,20 +982,3 @@ def test_merged_files_to_check(merging, tmp_path, monkeypatch):
             assert 'NOT ready for training' in errors(done) and not (tmp_path / 'pwned').exists()
     assert os.readlink(merging / 'rawframes/-5KQ66BBWC4') == str(frames / '-5KQ66BBWC4')
     assert not (merging / 'rawframes/loop').exists() and not (merging / 'rawframes/file').exists()
-
-
-def test_the_corpus_is_as_large_as_the_documentation_says():
-    cases = [
-        VIDEOS,
-        NO_FILES,
-        ANNOTATIONS,
-        LIST_LINES,
-        MEMBERS,
-        CLIPS,
-        FRAMES,
-        ROWS,
-        CONFIGS,
-        PICKLES,
-        MERGED_ROWS,
-    ]
-    assert f'| {sum(map(len, cases))} cases, ' in (REPO / 'docs/reliability.md').read_text()

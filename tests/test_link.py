@@ -1,5 +1,6 @@
 """Step 7b: AVA's frames are linked, and ready means that training runs."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 
 import sample_world
+import draw
 import softlink_ava
 from helpers import errors, fake_frames, here, numbered_source, read_report, run, snapshot
 
@@ -26,7 +28,7 @@ READY = 'ready for training\n'
 def draw_movie(folder, seconds: range) -> None:
     """Frames, none a picture, of these seconds."""
     folder.mkdir(parents=True)
-    for index in range((seconds.start - 900) * 30 + 1, (seconds.stop - 900) * 30 + 1):
+    for index in range((seconds.start - 900) * draw.FPS + 1, (seconds.stop - 900) * draw.FPS + 1):
         (folder / f'img_{index:05d}.jpg').write_bytes(b'frame')
 
 
@@ -106,16 +108,16 @@ def test_the_verdict_is_the_loaders(tmp_path, second):
     """Each frame around a keyframe is deleted in turn."""
     folder = tmp_path / 'rawframes' / MOVIES[0]
     folder.mkdir(parents=True)
-    keyframe = (second - 900) * 30
+    keyframe = (second - 900) * draw.FPS
     frames = range(max(0, keyframe - 60), keyframe + 61)
     for index in frames:
         (folder / f'img_{index:05d}.jpg').write_bytes(b'frame')
     table = pd.DataFrame(dict(clip=MOVIES[0], second=[second]))
     needed = asked_for(tmp_path, second)
-    assert len(needed) >= 30 and not softlink_ava.check_all([table], tmp_path)
+    assert len(needed) >= 30 and not softlink_ava.check_all_frames([table], tmp_path)
     for index in frames:
         (folder / f'img_{index:05d}.jpg').rename(tmp_path / 'away')
-        found = softlink_ava.check_all([table], tmp_path)
+        found = softlink_ava.check_all_frames([table], tmp_path)
         assert bool(found) == (index in needed), index
         (tmp_path / 'away').rename(folder / f'img_{index:05d}.jpg')
 
@@ -182,7 +184,7 @@ CASES = {  # what happens to the data set -> what the report says: name, reason,
         (
             'AVA -5KQ66BBWC4',
             'frames missing or empty: 1 of 71, first img_02961.jpg',
-            "extract AVA's frames again",
+            softlink_ava.EXTRACT_AGAIN,
         ),
     ),
     'no clip': (
@@ -214,7 +216,7 @@ def test_what_is_missing_is_named_with_what_mends_it(worlds, name):
 def test_a_frame_that_step_6_could_not_read_is_missing_while_it_stays_as_it_was(worlds):
     root, ava = worlds
     frame = f'rawframes/{CLIP}/img_00061.jpg'
-    (root / 'reports').mkdir()
+    (root / 'reports').mkdir(exist_ok=True)
     record = root / 'reports/fetch_proposal_train.json'
     record.write_text(json.dumps(dict(unreadable={frame: (root / frame).stat().st_size})))
     message = errors(link(root, ava, code=1))
@@ -229,7 +231,7 @@ def test_a_frame_that_step_6_could_not_read_is_missing_while_it_stays_as_it_was(
 
 def test_what_step_6_warned_of_is_a_warning_here_and_on_the_page(worlds):
     root, ava = worlds
-    (root / 'reports').mkdir()
+    (root / 'reports').mkdir(exist_ok=True)
     record = root / 'reports/fetch_proposal_train.json'
     record.write_text(json.dumps(dict(warning='warning: proposals match 0.0%')))
     said = link(root, ava).stdout
@@ -240,8 +242,9 @@ def test_what_step_6_warned_of_is_a_warning_here_and_on_the_page(worlds):
 def test_a_pickle_of_another_list_needs_step_6_first(worlds):
     """Step 7a would refuse it, and say so."""
     root, ava = worlds
-    other = pickle.dumps({}) + b'\nmade of ' + b'0' * 64 + b'\n'
-    (root / 'kinetics_proposal.pkl').write_bytes(other)
+    digest = hashlib.sha256((root / 'kinetics_proposal.pkl').read_bytes()).hexdigest()
+    record = {'proposals_sha256': digest, 'datalist_sha256': '0' * 64}
+    (root / 'reports/fetch_proposal_train.json').write_text(json.dumps(record))
     message = errors(link(root, ava, code=1))
     assert (
         'kinetics_proposal.pkl: made from another list than kinetics_train.csv; run Step 6: '
@@ -249,6 +252,23 @@ def test_a_pickle_of_another_list_needs_step_6_first(worlds):
     )
     assert f'--datalist={root}/kinetics_train.csv; then Step 7a' in message
     run('merge_annotations.py', f'--avakinetics_root={root}', code=1)
+
+
+def test_a_data_set_of_version_1_is_accepted(worlds):
+    """Its merged pickle ends with a line in place of the record."""
+    root, ava = worlds
+    digest = hashlib.sha256((root / 'kinetics_proposal.pkl').read_bytes()).hexdigest()
+    with open(root / PICKLE, 'ab') as file:
+        file.write(f'\nmerged with {digest}\n'.encode())
+    (root / 'reports/merge_annotations_train.json').unlink()
+    assert link(root, ava).stdout.endswith(READY)
+
+
+@pytest.mark.parametrize('text', ['', 'x', '[1]', '3', '{"unreadable": {}}'])
+def test_a_record_that_was_edited_counts_as_none(worlds, text):
+    root, ava = worlds
+    (root / 'reports/fetch_proposal_train.json').write_text(text)
+    assert link(root, ava).stdout.endswith(READY)
 
 
 def test_many_of_a_kind_are_one_line(worlds):
@@ -292,7 +312,7 @@ def test_clips_that_are_read_as_videos_have_their_frames(worlds, seconds):
         )
         assert hint in said and hint in page
     else:
-        reason = f'clip missing or broken: {round(seconds * 30)} of 120 frames'
+        reason = f'clip missing or broken: {round(seconds * draw.FPS)} of 120 frames'
         assert reason in errors(link(root, ava, code=1))
 
 
@@ -317,7 +337,7 @@ def test_the_kinetics_validation_part_is_checked_where_it_was_prepared(worlds):
 def test_the_page_says_how_the_data_set_was_made(worlds):
     root, ava = worlds
     options = dict(av='1.2.3', short_side=256)
-    (root / 'reports').mkdir()
+    (root / 'reports').mkdir(exist_ok=True)
     (root / 'reports/cut_kinetics_options.json').write_text(json.dumps(options))
     options = dict(checkpoint='<x>.pth', score_thr=0.8, neighbors=1)
     (root / 'reports/fetch_proposal_train.json').write_text(json.dumps(options))
@@ -349,7 +369,7 @@ def test_equal_data_gives_an_equal_page(worlds):
 def test_a_keyframe_that_an_early_step_left_out_is_not_counted_again(worlds):
     root, ava = worlds
     header, rows = 'video_id,timestamp,reason\n', 'a,5,file missing: x\nb,6,file missing: y\n'
-    (root / 'reports').mkdir()
+    (root / 'reports').mkdir(exist_ok=True)
     (root / 'reports/cut_kinetics_train.csv').write_text(header + rows)
     rows = 'a,5,no clip\nb,6,no clip\nc,7,no clip\n,,malformed annotation: line 3: x\n' * 1
     (root / 'reports/prepare_annotation_train.csv').write_text(header + rows)

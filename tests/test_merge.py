@@ -1,6 +1,7 @@
 """Step 7: AVA's annotations and frames joined with the Kinetics part."""
 
 import hashlib
+import json
 import pickle
 import pickletools
 import re
@@ -206,7 +207,7 @@ def test_merge_errors_say_what_to_do(root):
     assert 'is empty' in errors(merge(root, code=1))
     (root / 'kinetics_train.csv').write_text(KINETICS_ROWS)
     (root / CSV).write_text(KINETICS_ROWS + AVA_ROWS)  # merged by MMAction2's script before
-    assert "AVA's own is not kept beside it" in errors(merge(root, code=1))
+    assert 'and its backup is missing' in errors(merge(root, code=1))
 
 
 def test_another_programs_merge_over_ours_gives_way(root):
@@ -234,8 +235,10 @@ def test_avas_own_folder_is_not_merged_into(root, tmp_path):
 
 def test_a_pickle_of_another_list_is_refused(root):
     rows = (root / 'kinetics_train.csv').read_bytes()
-    with open(root / 'kinetics_proposal.pkl', 'ab') as file:
-        file.write(f'\nmade of {hashlib.sha256(rows).hexdigest()}\n'.encode())
+    (root / 'reports').mkdir()
+    record = {'datalist_sha256': rows, 'proposals_sha256': pickle.dumps(KINETICS)}
+    record = {name: hashlib.sha256(content).hexdigest() for name, content in record.items()}
+    (root / 'reports/fetch_proposal_train.json').write_text(json.dumps(record))
     merge(root)
     (root / 'kinetics_train.csv').write_bytes(rows * 2)
     before = snapshot(root)
@@ -244,3 +247,16 @@ def test_a_pickle_of_another_list_is_refused(root):
         f'another list than {root}/kinetics_train.csv; run Step 6 again with this list' in message
     )
     assert snapshot(root) == before
+
+
+def test_a_data_set_of_version_1_is_accepted(root):
+    """Its merged pickle ends with a line in place of the record."""
+    merge(root)
+    after = snapshot(root)
+    digest = hashlib.sha256((root / 'kinetics_proposal.pkl').read_bytes()).hexdigest()
+    with open(root / PICKLE, 'ab') as file:
+        file.write(f'\nmerged with {digest}\n'.encode())
+    (root / 'reports/merge_annotations_train.json').unlink()
+    (root / CSV).write_text(AVA_ROWS.rstrip('\n'))  # else the rows would tell
+    merge(root)
+    assert snapshot(root) == after

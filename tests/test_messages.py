@@ -95,7 +95,7 @@ def test_a_link_in_an_archive(archived, kind):
     with tarfile.open(archived / 'a.tar', 'w') as tar:
         tar.addfile(link)
     for _ in range(2):
-        assert 'not one clip' in errors(cut_archive(archived, archived / 'a.tar', code=1))
+        assert 'no clip could' in errors(cut_archive(archived, archived / 'a.tar', code=1))
         reason = 'unreadable video: in its archive it is empty, or a link'
         assert read_report(archived / 'root', 'cut_kinetics_train') == [
             ['aaaaaaaaaaa', '5', reason]
@@ -192,14 +192,20 @@ def test_the_clock_of_step_6_starts_with_its_detector(tmp_path, monkeypatch, cap
     def detect_all(frames, *_):
         for first, seconds in (0, 3600), (2, 1), (4, 1):
             now[0] += seconds
-            yield [(frame.key, 'given up') for frame in frames[first : first + 2]]
+            yield [
+                fetch_proposal.Detections(frame.keyframe.key, [], 'given up')
+                for frame in frames[first : first + 2]
+            ]
 
     monkeypatch.setattr(tqdm.std, 'time', lambda: now[0])
     monkeypatch.setattr(fetch_proposal, 'detect_all', detect_all)
-    planned = fetch_proposal.plan_frames([('aaaaaaaaaaa_000010_000018', 13)], 4, tmp_path)
+    clip = fetch_proposal.parse_clip('aaaaaaaaaaa_000010_000018')
+    planned = fetch_proposal.plan_frames([fetch_proposal.Keyframe(clip, 13)], 4, tmp_path)
     (tmp_path / 'kinetics_train.csv').touch()
     args = fetch_proposal.parse_args([f'--avakinetics_root={tmp_path}', TINY[0]])
-    fetch_proposal.detect_missing({frame.key: frame for frame in planned}, args.config, args)
+    fetch_proposal.detect_missing(
+        {frame.keyframe.key: frame for frame in planned}, args.config, args
+    )
     assert len(planned) == 8 and '| 4/8 [00:01<00:02,' in capsys.readouterr().err
 
 

@@ -128,9 +128,9 @@ def test_the_window_shows_the_right_moment(mmaction2):
         if video not in starts:
             continue
         rate = float(sample_world.Fraction(rates[video]))
-        due = max(record['timestamp'] - starts[video] - 1 / 30, 0)
+        due = max(record['timestamp'] - starts[video] - 1 / draw.FPS, 0)
         number = draw.read_stamp(cv2.cvtColor(record['imgs'][4], cv2.COLOR_RGB2BGR))
-        assert abs(number / rate - due) <= 0.5 / min(rate, 30) + 1e-6, video
+        assert abs(number / rate - due) <= 0.5 / min(rate, draw.FPS) + 1e-6, video
         seen += 1
     assert seen == 11
 

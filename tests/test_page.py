@@ -84,7 +84,7 @@ def test_keyframes_show_annotations_and_proposals(root, page):
         r'jpeg;base64,([^"]+)"><figcaption>(\S+), second (\d+)', page
     ):
         image = cv2.imdecode(np.frombuffer(base64.b64decode(picture), np.uint8), cv2.IMREAD_COLOR)
-        start, rate = sources.get(clip[:11], (900, 30))
+        start, rate = sources.get(clip[:11], (900, draw.FPS))
         assert (
             abs(draw.read_stamp(image) - (int(second) - start) * float(sample_world.Fraction(rate)))
             <= 1

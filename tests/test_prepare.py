@@ -34,7 +34,7 @@ def test_rows_are_mmaction2s_in_the_order_of_the_annotations(world):
         'aaaaaaaaaaa_000100_000104,102,0.110,0.200,0.500,0.900,13,-1\n'
         '-b_b_b_b_b__000003_000007,5,0.000,0.200,0.988,1.000,80,-1\n'
     )
-    assert 'kinetics_train.csv: 4, for 2 of 2 annotated keyframes; clips: 2 with' in done.stdout
+    assert 'kinetics_train.csv: 4, for 2 of 2 annotated keyframes\n  clips: 2 with' in done.stdout
     assert 'keyframes without people, nothing to prepare: 1' in done.stdout and not reasons(world)
 
 
@@ -123,7 +123,7 @@ def test_malformed_lines_are_reported(world):
         + b'x' * 1_000_000
         + b'\n',
     )
-    assert '3 left out: malformed annotation' in prepare(world).stdout
+    assert '3 skipped: malformed annotation' in prepare(world).stdout
     assert [
         row[2].split(':')[1] for row in read_report(world / 'root', 'prepare_annotation_train')
     ] == [' line 2', ' line 3', ' line 4']
@@ -150,6 +150,6 @@ def test_errors_say_what_to_do(world):
     assert 'holds no clip of the 1 annotated videos' in errors(prepare(world, code=1))
     fake_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107', 119)
     (world / 'root/kinetics_train.csv').write_text('of an earlier run\n')
-    assert 'not one annotation has its frames' in errors(prepare(world, code=1))
+    assert 'no annotated keyframe has a usable clip' in errors(prepare(world, code=1))
     assert (world / 'root/kinetics_train.csv').read_text() == 'of an earlier run\n'
     assert not list((world / 'root').glob('*.part'))

