@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from mmengine.registry import init_default_scope
 
 import draw
+import sample_world
 from helpers import (
     REPO,
     TINY,
@@ -21,11 +23,12 @@ from helpers import (
     numbered_source,
     prepare,
     read_csv,
+    run,
 )
 from test_training import build, importable_models, shrink  # noqa: F401, a fixture
 
 PAGE = 'docs/own-videos.md'
-IDS = ['a', '-kitchen-cam_2', '_' * 64]
+IDS = ['a', '-kitchen_1', 'x_y-z_0-9A_', '__front-door', '_' * 64]
 SIZE = (160, 120)
 
 
@@ -43,7 +46,9 @@ def own(common):
         (folder / 'annotations').mkdir()
         rows = ''
         for scene, video_id in enumerate(IDS):
-            frames = (draw.draw_frame(scene, n / draw.FPS, SIZE, n)[0] for n in range(300))
+            frames = (
+                draw.draw_frame(scene, n / draw.FPS, SIZE, n)[0] for n in range(10 * draw.FPS)
+            )
             path = folder / f'videos/{video_id}_000000_000010.mp4'
             draw.encode_plain(path, frames, draw.FPS, SIZE)
             for box in draw.figure_boxes(scene, 5, SIZE):
@@ -65,6 +70,7 @@ def own(common):
 
 
 def test_videos_of_any_name_are_prepared(own):
+    assert [len(video_id) for video_id in IDS] == [1, 10, 11, 12, 64]
     root = own / 'data/own'
     names = {f'{video_id}_000003_000007' for video_id in IDS}
     assert {path.stem for path in (root / 'videos').glob('*.mp4')} == names
@@ -97,8 +103,8 @@ def test_mmaction2_reads_them(own, config):
     found = {}
     exec(block, found)
     dataset = found['dataset']
-    assert len(dataset) == 3
-    for index in range(3):
+    assert len(dataset) == len(IDS)
+    for index in range(len(IDS)):
         data = dataset.get_data_info(index)
         scene = [f'{video_id}_000003_000007' for video_id in IDS].index(data['video_id'])
         right = draw.figure_boxes(scene, 5, SIZE)
@@ -117,9 +123,22 @@ def test_mmaction2_trains_on_them(own, config, monkeypatch, tmp_path):
     runner = build(shrink(config, tmp_path / 'work'))
     runner.train()
     losses = runner.message_hub.get_scalar('train/loss').data[0]
-    assert len(losses) == 3 and all(0 < loss < 100 for loss in losses)
+    assert len(losses) == 3 * 2 and all(0 < loss < 100 for loss in losses)
     if hasattr(np, 'NAN'):  # which AVAMetric needs
         assert 0 <= runner.test()['mAP/overall'] <= 1
+
+
+def test_step_7_joins_them_with_ava(own, tmp_path):
+    root = shutil.copytree(own / 'data/own', tmp_path / 'root')
+    sample_world.draw_ava(tmp_path)
+    shutil.copytree(tmp_path / 'data/ava/annotations', root / 'annotations')
+    run('merge_annotations.py', f'--avakinetics_root={root}')
+    place = f'--avakinetics_root={root}', f'--ava_root={tmp_path}/data/ava'
+    said = run('softlink_ava.py', *place).stdout
+    assert f'Training: Kinetics clips: {len(IDS)}, AVA movies: 2; all complete' in said
+    assert said.endswith('\nready for training\n')
+    page = (root / 'report.html').read_text()
+    assert all(f'<figcaption>{video_id}_000003_000007, second 5' in page for video_id in IDS)
 
 
 def test_keyframes_far_apart_go_into_separate_clips(world):
