@@ -31,9 +31,7 @@ def folder_size(folder: Path) -> int:
 def measure(
     videos: list[Path], members: int, workers: int, folder: Path
 ) -> tuple[int, int, float, float]:
-    """Archive size in bytes, peak of unfinished files in bytes, peak memory of a process in MB,
-    seconds.
-    """
+    """Return archive size and peak of unfinished files in bytes, peak memory in MB, seconds."""
     names = [f'{index:011d}_000000_000010.mp4' for index in range(members)]
     with tarfile.open(folder / 'kinetics.tar', 'w') as tar:
         for index, name in enumerate(names):

@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def write_job(args: argparse.Namespace, folder: Path) -> None:
-    """Copies of the videos under valid names, their list and annotations, one keyframe each."""
+    """Copy the videos under valid names; write their list and annotations."""
     videos = sorted(args.videos.glob('*.mp4'))
     names = [f'{index:011d}_000000_000010.mp4' for index in range(args.clips)]
     for index, name in enumerate(names):
@@ -55,7 +55,7 @@ def write_job(args: argparse.Namespace, folder: Path) -> None:
 
 
 class Cluster:
-    """A scheduler and so many workers of one thread on this machine."""
+    """A scheduler and workers of one thread on this machine."""
 
     def __init__(self, folder: Path, workers: int):
         self.processes, self.folder = [], folder

@@ -53,9 +53,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def write_job(args: argparse.Namespace, folder: Path) -> int:
-    """Videos under real names, their list and their annotations; returns the number of annotated
-    keyframes.
-    """
+    """Copy videos under real names, write list and annotations; return the number of keyframes."""
     with open(args.kinetics) as file:
         names = {row['youtube_id']: row for row in csv.DictReader(file)}
     rows = {}
@@ -86,7 +84,7 @@ def cpu_seconds() -> float:
 
 
 def session_memory(session: int) -> int:
-    """Resident memory in bytes of all processes of a session."""
+    """Return the resident memory in bytes of all processes of a session."""
     total = 0
     for path in Path('/proc').glob('[0-9]*/stat'):
         try:
@@ -99,7 +97,7 @@ def session_memory(session: int) -> int:
 
 
 def run(command: list) -> tuple[float, float, int]:
-    """Wall time and CPU time in s and peak memory in bytes of a command."""
+    """Run a command; return wall time and CPU time in s and peak memory in bytes."""
     before, start, peak = cpu_seconds(), time.perf_counter(), 0
     process = subprocess.Popen(
         list(map(str, command)),
@@ -143,7 +141,9 @@ def steps(
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of two grey pictures, 11x11 windows, sigma 1.5 (Wang et al., 2004)."""
+    """Return the structural similarity of two grey images, 11x11 windows, sigma 1.5 (Wang et al.,
+    2004).
+    """
     a, b = a.astype(np.float32), b.astype(np.float32)
 
     def blur(image):
@@ -160,8 +160,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def quality(job: Path, root: Path) -> dict[str, float]:
-    """SSIM of the clips against the source, PSNR of the frames against their clips, sizes, and what
-    is missing.
+    """Return SSIM of clips against sources, PSNR of frames against clips, sizes, missing clips.
 
     Each tenth frame is compared with the best of the source's five frames around its time, so that
     a shift in time does not count as a loss of quality.
@@ -213,9 +212,7 @@ def quality(job: Path, root: Path) -> dict[str, float]:
 
 
 def floor(job: Path, root: Path) -> dict[str, float]:
-    """CPU seconds per clip that decoding costs, and decoding plus encoding, in one ffmpeg process
-    for all clips.
-    """
+    """Return CPU seconds per clip of decoding, and of decoding and encoding, in one process."""
     sources = {path.name[:11]: path for path in (job / 'videos_train').rglob('*.mp4')}
     clips, costs = sorted((root / 'videos').glob('*.mp4')), {}
     inputs, cut, encode = [], [], []

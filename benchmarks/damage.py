@@ -49,7 +49,7 @@ PACKET = 188  # bytes of a transport stream's
 
 
 def damage(data: bytes, kind: str, chance: random.Random) -> bytes:
-    """The same file with one damage in its pictures: at a random place behind its header."""
+    """Return the same file with one damage at a random place behind its header."""
     spoilt, length = bytearray(data), int(2 ** chance.uniform(3, 12))
     start = chance.randrange(2000, len(data) * 9 // 10)
     if kind == 'zeros':
@@ -75,7 +75,7 @@ def read_frames(path: Path) -> list[np.ndarray]:
 
 
 def noise(frame: np.ndarray, other: np.ndarray) -> float:
-    """The mean square difference of two pictures."""
+    """Return the mean square difference of two images."""
     return ((frame.astype(int) - other) ** 2).mean()
 
 
@@ -84,7 +84,7 @@ def video_id(index: int) -> str:
 
 
 def run_step_3(folder: Path, *source) -> tuple[Path, dict[str, str]]:
-    """The folder of clips and the reasons of the report by video."""
+    """Run Step 3; return the folder of clips and the reasons of the report by video."""
     root = folder / source[0].split('=')[0].strip('-')
     done = subprocess.run(
         [

@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def time_undisturbed(job: Job, step: str, root: Path) -> float:
-    """Seconds that a step takes."""
+    """Return the seconds that a step takes."""
     shutil.copytree(job.before(step), root, symlinks=True)
     began = time.perf_counter()
     subprocess.run(job.command(step, root), check=True, capture_output=True)

@@ -22,7 +22,7 @@ import cut_kinetics  # noqa: E402
 
 
 def other_id(video: str, copy: int) -> str:
-    """The same id for copy 0, a valid id that no other video has for the others."""
+    """Return the same id for copy 0, for the others a valid id that no other video has."""
     return video if not copy else f'{chr(64 + copy)}{video[1:]}'
 
 

@@ -65,9 +65,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def random_checkpoint(config: Path, folder: Path) -> Path:
-    """Random weights for a Cascade R-CNN whose last layers are biased towards the person, so that
-    there are boxes.
-    """
+    """Write random weights, biased towards the person so that there are boxes; return the file."""
     fetch_proposal.use_torchvision_operators()
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
@@ -83,7 +81,7 @@ def random_checkpoint(config: Path, folder: Path) -> Path:
 
 
 def write_frames(root: Path, count: int) -> list[fetch_proposal.Frame]:
-    """Drawn frames of two sizes in clips of four seconds."""
+    """Draw frames of two sizes in clips of four seconds."""
     frames = []
     for scene in range((count + 3) // 4):
         clip = f'scene-{scene:05d}_000000_000004'
@@ -97,8 +95,8 @@ def write_frames(root: Path, count: int) -> list[fetch_proposal.Frame]:
 
 
 def timed(work, device: str) -> tuple[float, float]:
-    """Seconds that `work` takes, and the mean utilisation of the GPU in per cent meanwhile (NaN on
-    the CPU).
+    """Return the seconds that `work` takes, and the utilization of the GPU in per cent (NaN on the
+    CPU).
     """
     busy, done = [], threading.Event()
 
@@ -130,7 +128,7 @@ def timed(work, device: str) -> tuple[float, float]:
 
 
 def arithmetic_limit(device: str, half: bool) -> float:
-    """Floating point operations a second of a large matrix product."""
+    """Measure the floating point operations per second of a large matrix product."""
     torch.backends.cuda.matmul.allow_tf32 = True  # as cuDNN's convolutions do
     size = 8192 if device != 'cpu' else 2048
     a = torch.randn(size, size, device=device, dtype=torch.float16 if half else torch.float32)
@@ -139,7 +137,7 @@ def arithmetic_limit(device: str, half: bool) -> float:
 
 
 def count_operations(options: fetch_proposal.Options, frame: fetch_proposal.Frame) -> float:
-    """Floating point operations of one frame, multiplications and additions counted apart."""
+    """Count the floating point operations of one frame, multiplications and additions apart."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model, pipeline, device = fetch_proposal.start_detector(options)
@@ -150,9 +148,7 @@ def count_operations(options: fetch_proposal.Options, frame: fetch_proposal.Fram
 
 
 def largest_difference(a: dict, b: dict, score_thr: float) -> tuple[float, float, int]:
-    """Largest difference of boxes and of scores, and boxes on one side only whose score is not near
-    the threshold.
-    """
+    """Return the largest differences of boxes and scores, and clear boxes on one side only."""
     boxes = scores = 0.0
     alone = 0
     for key in a.keys() | b.keys():
@@ -169,7 +165,7 @@ def largest_difference(a: dict, b: dict, score_thr: float) -> tuple[float, float
 
 
 def settings(gpu: bool, batch_sizes: list[int]) -> list[dict]:
-    """The script's own settings at every batch size, then one thing changed at a time."""
+    """Return the script's own settings at every batch size, then with one change at a time."""
     own = dict(
         batch_size=8 if gpu else 4,
         amp=False,

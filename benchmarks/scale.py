@@ -35,9 +35,7 @@ def cut_again(folder: Path) -> list[str]:
 
 
 def make(folder: Path, clips: int) -> None:
-    """A finished data set of so many clips and movies of AVA, 235 for 100,000 clips, and what it
-    was made from: a list of videos and annotations.
-    """
+    """Make a finished data set of so many clips, with 235 movies of AVA for 100,000."""
     root, ava = folder / 'root', folder / 'ava'
     for path in root / 'videos', root / 'rawframes', root / 'annotations', ava / 'rawframes':
         path.mkdir(parents=True)
@@ -106,7 +104,7 @@ def make(folder: Path, clips: int) -> None:
 
 
 def run(*command) -> tuple[float, float]:
-    """Seconds and the main process's peak memory in MB."""
+    """Run a command; return seconds and the main process's peak memory in MB."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

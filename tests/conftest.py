@@ -66,20 +66,20 @@ def common(tmp_path_factory):
 
 @pytest.fixture(scope='session', autouse=True)
 def drawn_videos(common):
-    """Numbered videos are encoded once a session, and copied from then on."""
+    """Encode numbered videos once a session, and copy them from then on."""
     helpers.CACHE = common('drawn', lambda folder: None)
 
 
 @pytest.fixture
 def world(tmp_path):
-    """Folders of a small job: annotations and sources to be filled in by the test."""
+    """Make empty folders for annotations, sources and the data set."""
     for name in 'ava_kinetics_v1_0', 'kinetics700', 'root':
         (tmp_path / name).mkdir()
     return tmp_path
 
 
 def make_world(mmaction2: Path) -> None:
-    """Draw $MMACTION2 and follow the README in it, noting what was said and what changed."""
+    """Draw $MMACTION2 and follow the README in it; record what was said and what changed."""
     sample_world.draw_world(mmaction2)
     root, notes = mmaction2 / 'data/ava_kinetics', {}
     for name in 'first', 'again':
@@ -92,7 +92,7 @@ def make_world(mmaction2: Path) -> None:
 
 
 def prepare_without_frames(mmaction2: Path) -> str:
-    """The training split again, in data/without and without Step 4; returns what Step 7 says."""
+    """Prepare the training split again, without Step 4; return what Step 7 says."""
     data, root = mmaction2 / 'data', mmaction2 / 'data/without'
     place = [
         f'--avakinetics_anotation={mmaction2}/tools/data/ava_kinetics/ava_kinetics_v1_0',
@@ -108,7 +108,7 @@ def prepare_without_frames(mmaction2: Path) -> str:
 
 
 def prepare_validation(mmaction2: Path) -> None:
-    """The validation split by the README's commands, beside the training split."""
+    """Prepare the validation split by the page's commands, beside the training split."""
     sample_world.copy_as_validation_split(mmaction2)
     place, environment = mmaction2 / 'tools/data/ava_kinetics', dict(MMACTION2=str(mmaction2))
     config, checkpoint = (option.split('=', 1)[1] for option in TINY)
@@ -128,13 +128,13 @@ def prepare_validation(mmaction2: Path) -> None:
 
 @pytest.fixture(scope='session')
 def job(common):
-    """A small data set before and after each step: see job.py."""
+    """Return a small data set before and after each step: see job.py."""
     return Job(common('job', make_job))
 
 
 @pytest.fixture(scope='session')
 def mmaction2(common):
-    """The world of `make_world`: its path, its two roots and its notes.
+    """Return the world of `make_world`: its path, its two roots and its notes.
 
     `root` has both splits with raw frames, `without` the training split without them.
     """
@@ -149,7 +149,7 @@ def mmaction2(common):
 
 @pytest.fixture
 def device(monkeypatch):
-    """Step 6 takes `cpu:0`, a device other than the CPU as far as PyTorch's names go."""
+    """Make Step 6 use `cpu:0`, which is not the CPU as far as PyTorch's names go."""
     import fetch_proposal
 
     monkeypatch.setattr(fetch_proposal, 'choose_device', lambda num_gpus: 'cpu:0')

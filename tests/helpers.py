@@ -31,8 +31,8 @@ TINY = [f'--config={REPO}/tests/tiny_detector.py', f'--checkpoint={REPO}/tests/t
 
 
 def run(script, *arguments, code=0, **options) -> subprocess.CompletedProcess:
-    """Run one of the scripts as a user does; fails where the exit code is another, or where a
-    traceback is shown.
+    """Run one of the scripts as a user does; fail if the exit code is another, or a traceback is
+    shown.
     """
     done = subprocess.run(
         [sys.executable, str(REPO / script), *map(str, arguments)],
@@ -47,7 +47,7 @@ def run(script, *arguments, code=0, **options) -> subprocess.CompletedProcess:
 
 
 def errors(done: subprocess.CompletedProcess) -> str:
-    """What a failed run says: exactly one line that starts with `error: `."""
+    """Return what a failed run says: exactly one line that starts with `error: `."""
     lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
     assert len(lines) == 1, done.stderr
     assert done.stderr.strip().splitlines()[-1] == lines[0], done.stderr
@@ -55,7 +55,7 @@ def errors(done: subprocess.CompletedProcess) -> str:
 
 
 def here(script, *arguments, code=0, cwd='.') -> subprocess.CompletedProcess:
-    """What `run` does, in this process, which saves 1 to 6 s of imports."""
+    """Do what `run` does in this process, which saves 1 to 6 s of imports."""
     out, err = (io.TextIOWrapper(io.BytesIO(), 'utf-8') for _ in range(2))
     returned = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(cwd):
@@ -74,7 +74,7 @@ def here(script, *arguments, code=0, cwd='.') -> subprocess.CompletedProcess:
 
 
 def cut(world: Path, *options, by=here, **kwargs) -> subprocess.CompletedProcess:
-    """Step 3 on what lies in the folders of the fixture `world`."""
+    """Run Step 3 in the folders of the fixture `world`."""
     return by(
         'cut_kinetics.py',
         f'--avakinetics_anotation={world}/ava_kinetics_v1_0',
@@ -87,7 +87,7 @@ def cut(world: Path, *options, by=here, **kwargs) -> subprocess.CompletedProcess
 
 
 def prepare(world: Path, *options, **kwargs) -> subprocess.CompletedProcess:
-    """Step 5 on what lies in the folders of the fixture `world`."""
+    """Run Step 5 in the folders of the fixture `world`."""
     return here(
         'prepare_annotation.py',
         f'--avakinetics_anotation={world}/ava_kinetics_v1_0',
@@ -98,26 +98,26 @@ def prepare(world: Path, *options, **kwargs) -> subprocess.CompletedProcess:
 
 
 def refused(script, *arguments) -> str:
-    """What a script says when it ends with an error: one line. In this process."""
+    """Return the line with which a script ends with an error; runs it in this process."""
     return errors(here(script, *arguments, code=1))
 
 
 BAR = re.compile(r'(cut|extract|check|detect): .*\]|\s*')
 
 
-def said(text: str) -> list[str]:
-    """The lines of stderr without progress bars; what follows a bar on its line stays with it."""
+def stderr_lines(text: str) -> list[str]:
+    """Return the lines of stderr without progress bars; text after a bar stays on its line."""
     return [line for line in re.split(r'[\r\n]', text) if not BAR.fullmatch(line)]
 
 
 def start(command: list, **options) -> subprocess.Popen:
-    """Start a step in a session of its own, from which `kill_tree` knows what belongs to it."""
+    """Start a step in a session of its own, by which `kill_tree` knows what belongs to it."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, start_new_session=True, **pipes | options)
 
 
 def wait_until(condition, process: subprocess.Popen) -> None:
-    """Wait for what a process is about to bring about; fails where it ends before."""
+    """Wait until a process brings something about; fail if it ends before."""
     deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, 'it did not come about within 300 s'
@@ -127,8 +127,8 @@ def wait_until(condition, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def held_environment(notes: Path, at: str, how: str = 'hold') -> dict[str, str]:
-    """The environment in which Python and its workers stop at an event: hold/sitecustomize.py."""
+def stopping_environment(notes: Path, at: str, how: str = 'hold') -> dict[str, str]:
+    """Return the environment in which Python and its workers stop at an event, see tools/hold."""
     notes.mkdir(parents=True, exist_ok=True)
     return os.environ | dict(
         PYTHONPATH=os.pathsep.join(filter(None, [HOLD, os.environ.get('PYTHONPATH')])),
@@ -138,24 +138,24 @@ def held_environment(notes: Path, at: str, how: str = 'hold') -> dict[str, str]:
     )
 
 
-def held_processes(notes: Path) -> list[int]:
-    """The numbers of the processes that have come to the event."""
+def stopped_processes(notes: Path) -> list[int]:
+    """Return the ids of the processes that have come to the event."""
     return [int(path.name) for path in notes.iterdir() if path.name != 'go']
 
 
 @contextlib.contextmanager
-def held(command: list, notes: Path, at: str, processes: int = 1, how: str = 'hold'):
-    """A step of which so many processes have come to `at`; what is left of it is killed."""
-    process = start(command, env=held_environment(notes, at, how))
+def stopped_at(command: list, notes: Path, at: str, processes: int = 1, how: str = 'hold'):
+    """Start a step; yield it once so many processes have come to `at`; kill what is left of it."""
+    process = start(command, env=stopping_environment(notes, at, how))
     try:
-        wait_until(lambda: len(held_processes(notes)) >= processes, process)
+        wait_until(lambda: len(stopped_processes(notes)) >= processes, process)
         yield process
     finally:
         kill_tree(process)
 
 
 def kill_tree(process: subprocess.Popen) -> tuple[str | None, str | None]:
-    """Kill all that runs in the session of a process, at once; what was said until then."""
+    """Kill all that runs in the session of a process; return its stdout and stderr."""
     while members := session_members(process.pid):
         for number in signal.SIGSTOP, signal.SIGKILL:  # so that none sees another go
             for member in members:
@@ -169,7 +169,7 @@ def kill_tree(process: subprocess.Popen) -> tuple[str | None, str | None]:
 
 
 def session_members(session: int) -> list[int]:
-    """The processes of a session that have not ended, in whatever process groups."""
+    """Return the processes of a session that have not ended, in any process group."""
     members = []
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
@@ -179,7 +179,7 @@ def session_members(session: int) -> list[int]:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file and link under a folder, with the digest of its content."""
+    """Return every file and link under a folder with the digest of its content."""
     tree = {}
     for path in sorted(Path(folder).rglob('*')):
         name = str(path.relative_to(folder))
@@ -191,9 +191,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def age(folder: Path) -> None:
-    """Set all times in a folder to one of 2001: what is written from now on is newer, however fast
-    the machine or coarse its clock.
-    """
+    """Set all times in a folder to 2001, so that what is written later is newer on any clock."""
     for path in folder.rglob('*'):
         os.utime(path, (1e9, 1e9), follow_symlinks=False)
 
@@ -204,12 +202,12 @@ def read_csv(path: Path) -> list[list[str]]:
 
 
 def read_report(root: Path, name: str) -> list[list[str]]:
-    """The rows of a report without their header."""
+    """Read the rows of a report without their header."""
     return read_csv(root / f'reports/{name}.csv')[1:]
 
 
 def annotation_rows(video: str, second: float, count: int = 1) -> str:
-    """Lines of an AVA-Kinetics csv; with a count of 0 the row of two columns."""
+    """Return lines of an AVA-Kinetics csv; with a count of 0 the row of two columns."""
     if not count:
         return f'{video},{second:.6f}\n'
     return ''.join(
@@ -255,7 +253,7 @@ VARIANTS = {
 
 
 def number_times(variant: dict) -> dict[int, float]:
-    """Frame number -> source time in seconds of the pictures that a variant holds."""
+    """Return the source time in seconds of each numbered frame that a variant holds."""
     fps = Fraction(variant.get('fps', 30))
     numbers = range(round(variant.get('seconds', 10) * fps))
     if variant.get('drop'):  # by turns every third picture, every one, every other one
@@ -308,14 +306,14 @@ def encode_numbers(path: Path, variant: dict) -> None:
 
 
 def clip_frames(path: Path) -> list[int]:
-    """The numbers that a clip's frames show."""
+    """Return the numbers that a clip's frames show."""
     import decord  # after torch, where a test has that: see conftest.py
 
     return [draw.read_stamp(frame.asnumpy()[..., ::-1]) for frame in decord.VideoReader(str(path))]
 
 
 def fake_frames(folder: Path, clip: str, count: int | None = None) -> None:
-    """A clip folder with as many frames, none a picture, as its name says, or with `count`."""
+    """Make a folder of raw frames that are no images: as many as the name says, or `count`."""
     (folder / clip).mkdir(parents=True)
     if count is None:
         count = (int(clip[-6:]) - int(clip[-13:-7])) * draw.FPS
@@ -324,7 +322,7 @@ def fake_frames(folder: Path, clip: str, count: int | None = None) -> None:
 
 
 class Evil:
-    """Whoever unpickles it runs a program, which leaves a file in the working directory."""
+    """Runs a program when it is unpickled, which leaves a file in the working directory."""
 
     def __reduce__(self):
         return os.system, ('touch pwned',)
@@ -336,7 +334,7 @@ def load(path: Path) -> object:
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of every box of a (n, 4) with every box of b (m, 4)."""
+    """Return the IoU of every box of a (n, 4) with every box of b (m, 4)."""
     corner, end = (
         np.maximum(a[:, None, :2], b[None, :, :2]),
         np.minimum(a[:, None, 2:], b[None, :, 2:]),
@@ -348,16 +346,13 @@ def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def assert_same_people(a: np.ndarray, b: np.ndarray) -> None:
-    """As many boxes, and boxes and scores within 2e-3: batches of another make-up may round
-    otherwise.
-    """
+    """Compare boxes and scores within 2e-3: batches of another make-up may round otherwise."""
     assert a.shape == b.shape
     np.testing.assert_allclose(a[a[:, 0].argsort()], b[b[:, 0].argsort()], atol=2e-3)
 
 
 def write_detector_class(folder: Path, name: str, body: str, model: str = '') -> Path:
-    """A config, in a file of its own, of the tests' detector as a class of this name with this
-    body; `model` is in its options.
+    """Write a config of the tests' detector as a class with this body; return its path.
 
     Python has to find the class's module, which is beside the config.
     """
@@ -377,7 +372,7 @@ FRAME_SIZES = [(340, 256), (426, 240), (320, 240), (456, 256)]
 
 
 def write_root(root: Path, scenes) -> Path:
-    """Clips of four seconds with only the frames that Step 6 reads, one annotated keyframe each."""
+    """Write clips of four seconds with the frames that Step 6 reads, one keyframe each."""
     rows = ''
     for scene in scenes:
         clip = f'scene-{scene:05d}_000010_000014'
@@ -394,9 +389,7 @@ def write_root(root: Path, scenes) -> Path:
 
 
 def documented_config(file: str, number: int, folder: Path):
-    """A python block of docs/ as a config of MMAction2's, its _base_ that of the installed
-    package.
-    """
+    """Return a python block of docs/ as a config of MMAction2, based on the installed package's."""
     import mmaction
     from mmengine import Config
 

@@ -34,7 +34,7 @@ STEPS = {
 
 
 class Job:
-    """What every step finds, `before(step)`, and what an undisturbed run leaves, `after(step)`."""
+    """The data set `before(step)`, and what an undisturbed run leaves, `after(step)`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -57,7 +57,7 @@ class Job:
 
 
 def make_job(folder: Path) -> None:
-    """Draw the sources, then run all steps, keeping what there is before and after each."""
+    """Draw the sources, then run all steps; keep the data set before and after each."""
     draw_sources(folder)
     job, last = Job(folder), None
     for step in STEPS:
@@ -86,13 +86,13 @@ def make_job(folder: Path) -> None:
 
 
 def draw_sources(folder: Path) -> None:
-    """Videos, their list, archives and annotations, and two movies of AVA."""
+    """Draw videos, their list, archives and annotations, and two movies of AVA."""
     lines = rows = ''
     for index in range(VIDEOS):
         path = f'a b (c)/{index:011d}_000000_000010.mp4'
         (folder / path).parent.mkdir(exist_ok=True)
         picture = draw.draw_frame(index, 0, SIZE)[0]
-        draw.encode(folder / path, itertools.repeat(picture, 300), draw.FPS, SIZE)
+        draw.encode(folder / path, itertools.repeat(picture, 10 * draw.FPS), draw.FPS, SIZE)
         lines, rows = lines + f'{path} 1\n', rows + annotation_rows(f'{index:011d}', 5, 2)
         with tarfile.open(folder / f'{1 + index % 2}.tar', 'a') as tar:
             tar.add(folder / path, path)
@@ -103,7 +103,8 @@ def draw_sources(folder: Path) -> None:
     annotations.mkdir(parents=True)
     for video in AVA_VIDEOS:
         (folder / 'ava/rawframes' / video).mkdir(parents=True)
-        for index in range(20, 91):  # what training asks for around second 902
+        keyframe = 2 * draw.FPS  # of second 902; training asks for 40 frames before and 30 after
+        for index in range(keyframe - 40, keyframe + 31):
             (folder / f'ava/rawframes/{video}/img_{index:05d}.jpg').write_bytes(b'frame')
     sample_world.draw_other_annotations(annotations, f'{AVA_VIDEOS[0]},0902')
     (annotations / 'ava_train_v2.2.csv').write_text(
@@ -115,9 +116,7 @@ def draw_sources(folder: Path) -> None:
 
 
 def products(root: Path) -> dict[str, str]:
-    """All files but the logs of archives and detections, which tell of every run; the page says
-    where.
-    """
+    """Return all files but two logs, which tell of every run; without the path in the page."""
     files, page = snapshot(root), root / 'report.html'
     if page.exists():
         files['report.html'] = re.sub('<p>/.*?</p>', '', page.read_text())
@@ -125,7 +124,7 @@ def products(root: Path) -> dict[str, str]:
 
 
 def assert_undisturbed(job: Job, step: str, root: Path) -> None:
-    """The tree is byte for byte that of an undisturbed run, and nothing unfinished is left."""
+    """Check that the tree is byte for byte that of an undisturbed run, with nothing unfinished."""
     found, right = products(root), products(job.after(step))
     assert {name for name in found | right if found.get(name) != right.get(name)} == set()
     names, expected = (
@@ -136,7 +135,7 @@ def assert_undisturbed(job: Job, step: str, root: Path) -> None:
 
 
 def assert_whole(job: Job, step: str, root: Path) -> None:
-    """What has a final name is what was there before, or what is right."""
+    """Check that each file with a final name is as it was before, or as it should become."""
     whole, before = products(job.after(step)), products(job.before(step))
     for name, digest in products(root).items():
         if not any(part.startswith('.') for part in name.split('/')) and not name.endswith('.part'):

@@ -159,8 +159,11 @@ def test_a_damaged_header_is_no_end(kinetics, archives, tmp_path):
     assert snapshot(tmp_path / 'root/videos') == snapshot(kinetics / 'root/videos')
 
 
-def test_a_clip_that_could_be_cut_at_last_is_cut_again_once_it_is_removed(kinetics, tmp_path):
-    """Its archive was replaced; the failure of before is no reason to leave it out."""
+def test_a_clip_that_failed_at_first(kinetics, tmp_path):
+    """Once it could be cut, it is cut again when it is removed.
+
+    Its archive was replaced; the failure of before is no reason to leave it out.
+    """
     name, video = 'x/ccccccccccc_000050_000060.mp4', tmp_path / 'broken.mp4'
     video.write_bytes(b'broken')
     write_tar(tmp_path / 'a.tar', {name: video})

@@ -128,7 +128,8 @@ def test_what_shapes_the_clips_is_recorded(two_clips, name, value, monkeypatch):
     )
 
 
-def test_an_option_that_an_older_record_lacks_had_todays_default(two_clips):
+def test_records_of_older_versions(two_clips):
+    """A key that they lack had the default of today."""
     record = two_clips / 'root/reports/cut_kinetics_options.json'
     today = record.read_bytes()
     record.write_text(json.dumps(dict(short_side=None, av=av.__version__, clip_format=3)))
@@ -214,8 +215,8 @@ def test_a_folder_with_an_empty_frame_is_not_complete(two_clips):
 
 
 @pytest.mark.parametrize('change', ['empty', 'too many'])
-def test_no_step_takes_a_folder_with_an_empty_frame_or_too_many(two_clips, change):
-    """As frames of 30 a second are, once FPS is 25."""
+def test_folders_with_an_empty_frame_or_too_many(two_clips, change):
+    """No step takes them. Too many are left when FPS is lowered."""
     extract(two_clips)
     folder = two_clips / f'root/rawframes/{CLIP}'
     keyframe = folder / 'img_00061.jpg'
@@ -278,7 +279,8 @@ def test_frames_of_another_run_of_step_3_are_no_frames(two_clips):
     ]
 
 
-def test_a_validation_split_without_frames_beside_a_training_split_with_them(two_clips):
+def test_validation_split_without_frames(two_clips):
+    """Beside a training split that has them."""
     extract(two_clips)
     (two_clips / 'ava_kinetics_v1_0/kinetics_val_v1.0.csv').write_text(
         annotation_rows('vvvvvvvvvvv', 105)

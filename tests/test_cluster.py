@@ -16,14 +16,14 @@ from helpers import (
     TINY,
     assert_same_people,
     errors,
-    held_environment,
-    held_processes,
+    stopping_environment,
+    stopped_processes,
     here,
     kill_tree,
     load,
     read_report,
     run,
-    said,
+    stderr_lines,
     snapshot,
     start,
     wait_until,
@@ -70,7 +70,8 @@ def shared(tmp_path_factory):
         yield option
 
 
-def test_steps_3_and_4_give_the_same_bytes_on_a_cluster_from_relative_paths(job, shared, tmp_path):
+def test_clips_and_frames_on_a_cluster(job, shared, tmp_path):
+    """The same bytes, from relative paths."""
     for step in 'cut', 'extract':
         run(*job.command(step, 'root', shared)[1:], cwd=tmp_path)
         assert_undisturbed(job, step, tmp_path / 'root')
@@ -90,8 +91,11 @@ fetch_proposal.main()
 """
 
 
-def test_proposals_are_the_same_on_a_cluster_and_each_worker_builds_one_detector(tmp_path):
-    """The detector notes the process that builds it."""
+def test_proposals_on_a_cluster(tmp_path):
+    """They are the same, and each worker builds one detector.
+
+    The detector notes the process that builds it.
+    """
     root = write_root(tmp_path / 'root', range(4))
     config = write_detector_class(
         tmp_path,
@@ -122,7 +126,8 @@ def test_proposals_are_the_same_on_a_cluster_and_each_worker_builds_one_detector
     assert 1 <= len(list(tmp_path.glob('built *'))) <= 2  # one worker may get all three chunks
 
 
-def test_a_detector_that_cannot_start_on_a_worker_ends_the_run_with_a_line(tmp_path, shared):
+def test_a_detector_that_fails_on_a_worker(tmp_path, shared):
+    """The run ends with one line."""
     write_root(tmp_path / 'root', range(1))
     (tmp_path / 'soft.py').write_text(f"""_base_ = '{REPO}/tests/tiny_detector.py'
 model = dict(test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms'))))
@@ -135,11 +140,11 @@ model = dict(test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms'))))
 
 def test_a_worker_that_is_killed_costs_nothing(job, tmp_path):
     root, notes = tmp_path / 'root', tmp_path / 'notes'
-    with cluster(tmp_path, env=held_environment(notes, A_CLIP)) as (option, _):
+    with cluster(tmp_path, env=stopping_environment(notes, A_CLIP)) as (option, _):
         process = start(job.command('cut', root, option))
         try:
-            wait_until(lambda: held_processes(notes), process)
-            os.kill(held_processes(notes)[0], signal.SIGKILL)
+            wait_until(lambda: stopped_processes(notes), process)
+            os.kill(stopped_processes(notes)[0], signal.SIGKILL)
             (notes / 'go').touch()
             _, err = process.communicate(timeout=300)
         finally:
@@ -149,7 +154,7 @@ def test_a_worker_that_is_killed_costs_nothing(job, tmp_path):
 
 
 def test_an_item_that_kills_every_worker_costs_itself_only(job, tmp_path):
-    deadly = held_environment(tmp_path / 'notes', r'os.rename .*/videos/00000000007_', 'kill')
+    deadly = stopping_environment(tmp_path / 'notes', r'os.rename .*/videos/00000000007_', 'kill')
     with cluster(tmp_path, env=deadly) as (option, _):
         done = run(*job.command('cut', tmp_path / 'root', option)[1:])
     assert f'{VIDEOS} of {VIDEOS + 2} annotated keyframes' in done.stdout
@@ -162,15 +167,15 @@ def test_an_item_that_kills_every_worker_costs_itself_only(job, tmp_path):
 
 def test_a_scheduler_that_goes_away_ends_the_run_with_a_line(job, tmp_path):
     root, notes = tmp_path / 'root', tmp_path / 'notes'
-    with cluster(tmp_path, 1, held_environment(notes, A_CLIP)) as (option, scheduler):
+    with cluster(tmp_path, 1, stopping_environment(notes, A_CLIP)) as (option, scheduler):
         process = start(job.command('cut', root, option))
         try:
-            wait_until(lambda: held_processes(notes), process)
+            wait_until(lambda: stopped_processes(notes), process)
             scheduler.kill()
             _, err = process.communicate(timeout=300)
         finally:
             kill_tree(process)
-    waiting, error = said(err)
+    waiting, error = stderr_lines(err)
     assert process.returncode == 1 and waiting.startswith('waiting for the workers of tcp://')
     assert error.startswith('error: the Dask scheduler')
     run(*job.command('cut', root)[1:])

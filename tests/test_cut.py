@@ -187,7 +187,8 @@ def reasons(folder):
     return {(row[0], row[1]): row[2] for row in read_report(folder / 'root', 'cut_kinetics_train')}
 
 
-def test_ranges_lie_two_seconds_around_the_keyframes_and_within_the_source(world):
+def test_ranges_of_clips(world):
+    """Two seconds around the keyframes, within the source."""
     make(
         world,
         {'a/aaaaaaaaaaa_000100_000110.mp4': {}, 'a/bbbbbbbbbbb_000000_000010.mp4': {}},
@@ -201,8 +202,11 @@ def test_ranges_lie_two_seconds_around_the_keyframes_and_within_the_source(world
     assert clips(world) == ['aaaaaaaaaaa_000102_000107.mp4', 'bbbbbbbbbbb_000000_000010.mp4']
 
 
-def test_of_sources_that_overlap_each_gives_a_clip_and_a_broken_one_costs_nothing(world):
-    """Step 5 takes the clip in which a keyframe is most centred."""
+def test_overlapping_sources(world):
+    """Each gives a clip, and a broken one costs nothing.
+
+    Step 5 takes the clip in which a keyframe is most centred.
+    """
     make(
         world,
         {'a/aaaaaaaaaaa_000100_000110.mp4': {}, 'b/aaaaaaaaaaa_000103_000113.mp4': {}},
@@ -220,7 +224,8 @@ def test_of_sources_that_overlap_each_gives_a_clip_and_a_broken_one_costs_nothin
         assert clips(world) == ['aaaaaaaaaaa_000103_000110.mp4'] and not reasons(world)
 
 
-def test_a_copy_of_the_same_seconds_serves_where_the_first_is_missing(world):
+def test_two_copies_of_a_source(world):
+    """The second serves where the first is missing."""
     make(
         world,
         {'a/aaaaaaaaaaa_000100_000110.mp4': None, 'b/aaaaaaaaaaa_000100_000110.mp4': {}},
@@ -264,8 +269,11 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize('archive', [False, True], ids=['list', 'archive'])
-def test_a_source_that_is_longer_than_its_name_says_is_reported(tmp_path, archive):
-    """Copied from the key frame before, as yt-dlp does, every frame would be seconds early."""
+def test_sources_longer_than_their_names(tmp_path, archive):
+    """They are reported, not cut.
+
+    Copied from the key frame before, as yt-dlp does, every frame would be seconds early.
+    """
     numbered_source(tmp_path / 'long.mp4', dict(seconds=40, options=('-g', '150', '-bf', '0')))
     ffmpeg('-i', tmp_path / 'long.mp4', *VP8, tmp_path / 'long.webm')
     names, rows = [], ''
@@ -490,7 +498,8 @@ def test_errors_say_what_to_do(world):
     assert 'Is a directory' in errors(cut(world, code=1))
 
 
-def test_a_file_of_which_no_line_is_usable_says_what_is_wrong_with_the_first(world):
+def test_files_without_a_usable_line(world):
+    """The error says what is wrong with the first line."""
     make(
         world,
         {},

@@ -61,8 +61,10 @@ def zeroed(content: bytes, place: float, length: int) -> bytes:
 
 
 @pytest.mark.parametrize('archive', [False, True], ids=['list', 'archive'])
-def test_damage_in_the_middle_is_told_with_its_time_and_no_clip_shows_it(tmp_path, archive):
-    """3,000 bytes of zeros, 60 random bytes: one key frame, so that everything behind is wrong, and
+def test_damage_in_the_middle(tmp_path, archive):
+    """It is reported with its time, and no clip shows it.
+
+    3,000 bytes of zeros, 60 random bytes: one key frame, so that everything behind is wrong, and
     nothing before.
     """
     whole, chance = drawn(tmp_path, ONE_KEY_FRAME), random.Random(1)
@@ -163,8 +165,11 @@ def test_another_copy_takes_the_place_of_a_damaged_one(tmp_path):
 
 
 @pytest.mark.parametrize('codec', ['libx264', 'libx265'])
-def test_undamaged_videos_that_a_tool_cut_out_of_open_groups_are_kept(tmp_path, codec):
-    """Their first pictures refer to others that are not there, about which ffmpeg complains."""
+def test_videos_cut_out_of_open_groups(tmp_path, codec):
+    """They are not damaged, though the decoder complains.
+
+    Their first pictures refer to others that are not there, about which ffmpeg complains.
+    """
     options = (
         '-c:v',
         codec,
@@ -236,10 +241,8 @@ def test_pictures_that_change_in_the_middle(tmp_path, change, lost):
 
 @pytest.mark.parametrize('archive', [False, True], ids=['list', 'archive'])
 @pytest.mark.parametrize('pair', ['H.264 mp4', 'HEVC mkv', 'H.264 ts'])
-def test_no_clip_out_of_a_randomly_damaged_video_shows_a_wrong_time_unreported(
-    tmp_path, pair, archive
-):
-    """A part of benchmarks/damage.py."""
+def test_random_damage(tmp_path, pair, archive):
+    """No clip shows a wrong time unreported. A part of benchmarks/damage.py."""
     variant, chance = damage.PAIRS[pair], random.Random(f'{pair} 1')
     content, sources = drawn(tmp_path, variant), {}
     kinds = ['zeros', 'noise', 'bytes', 'cut off'] + ['lost packets'] * ('ts' in pair)

@@ -244,9 +244,9 @@ def operators():
     return sys.modules['mmcv._ext']
 
 
-def test_an_operator_that_the_device_lacks_ends_the_run_before_it_starts(
-    root, tmp_path, monkeypatch, device
-):
+def test_an_operator_that_the_device_lacks(root, tmp_path, monkeypatch, device):
+    """The run ends before it starts."""
+
     def missing(*args, **options):
         raise RuntimeError('nms_impl: implementation for device cuda:0 not found.\n')
 
@@ -257,9 +257,8 @@ def test_an_operator_that_the_device_lacks_ends_the_run_before_it_starts(
     )
 
 
-def test_other_people_on_the_device_end_the_run_before_it_starts(
-    root, tmp_path, monkeypatch, device
-):
+def test_a_device_that_finds_other_people(root, tmp_path, monkeypatch, device):
+    """The run ends before it starts."""
     predict = fetch_proposal.predict
     calls = []
 
@@ -464,8 +463,11 @@ def test_checkpoints_that_mmdet_loads(root, tmp_path):
         assert f'does not fit the config: 1 tensors differ, first {first};' in message
 
 
-def test_a_training_checkpoint_is_refused_and_its_weights_alone_are_read(root, tmp_path):
-    """What mmengine's Runner writes while it trains holds objects beside the weights."""
+def test_training_checkpoints(root, tmp_path):
+    """They are refused; their weights alone are read.
+
+    What mmengine's Runner writes while it trains holds objects beside the weights.
+    """
     from mmengine.logging import MessageHub
 
     hub = MessageHub('training')

@@ -72,7 +72,8 @@ def test_quality_is_that_of_q2(root, tmp_path):
     assert np.mean(psnr[0]) >= np.mean(psnr[1]) - 0.05, np.mean(psnr, 1)
 
 
-def test_second_run_changes_nothing_and_incomplete_folders_are_redone(root):
+def test_second_run(root):
+    """It changes nothing, but extracts incomplete folders again."""
     here('extract_rgb_frames.py', f'--avakinetics_root={root}')
     before = snapshot(root)
     assert '0 new, 2 existing' in here('extract_rgb_frames.py', f'--avakinetics_root={root}').stdout

@@ -1,6 +1,6 @@
 """Kills, interruptions, full disks, two runs at once: every step ends well, the next mends all.
 
-A step is held at a known point of its work (hold/sitecustomize.py), seen to be there, then stopped.
+A step stops at a known point of its work (tools/hold/sitecustomize.py), is seen there, then killed.
 """
 
 import contextlib
@@ -18,14 +18,23 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers import held, held_environment, held_processes, here, kill_tree, run, said, snapshot
+from helpers import (
+    stopped_at,
+    stopping_environment,
+    stopped_processes,
+    here,
+    kill_tree,
+    run,
+    stderr_lines,
+    snapshot,
+)
 from job import A_CLIP, STEPS, assert_undisturbed, assert_whole
 
 INTERRUPTED = ['interrupted; run the same command again']
 HALF_A_CLIP = r'write .*/img_00030\.jpg$'
 LEDGER = r'write .*archives\.jsonl$'
 CLIPS = [r'/videos/[^/]*\.mp4$', r'/videos/00000000004_']
-# step -> where it is held while it works, and how many processes get there: two workers, or one
+# step -> where it stops while it works, and how many processes get there: two workers, or one
 WORKING = {
     'cut': (A_CLIP, 2),
     'cut archives': (A_CLIP, 2),
@@ -61,13 +70,16 @@ def copy_before(job, step: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize('step', STEPS)
-def test_killed_at_every_stage_and_the_next_run_mends_all(job, step, tmp_path):
-    """All processes at once; what has a final name is whole after each kill."""
+def test_killed_at_every_stage(job, step, tmp_path):
+    """The next run completes everything.
+
+    All processes at once; what has a final name is whole after each kill.
+    """
     root = copy_before(job, step, tmp_path)
     for number, stage in enumerate(STAGES[step]):
         notes = tmp_path / f'notes{number}'
         at = stage if stage in (HALF_A_CLIP, LEDGER) else f'os.rename .*{stage}'
-        with held(job.command(step, root), notes, at) as process:
+        with stopped_at(job.command(step, root), notes, at) as process:
             kill_tree(process)
         assert process.returncode == -signal.SIGKILL
         assert_whole(job, step, root)
@@ -82,7 +94,7 @@ BESIDE = re.compile(r'/\.|\.part$|archives\.jsonl$|\.frames\.jsonl$')
 def test_no_file_is_written_under_its_final_name(job, step, tmp_path):
     """By Python's `open`, at least."""
     root, notes = copy_before(job, step, tmp_path), tmp_path / 'notes'
-    environment = held_environment(notes, f'write {re.escape(str(root))}/', how='note')
+    environment = stopping_environment(notes, f'write {re.escape(str(root))}/', how='note')
     subprocess.run(job.command(step, root), env=environment, check=True, capture_output=True)
     written = ''.join(path.read_text() for path in notes.iterdir()).splitlines()
     assert written and not [path for path in written if not BESIDE.search(path[len(str(root)) :])]
@@ -95,19 +107,25 @@ def ignores_interrupts(pid: int) -> bool:
 
 
 @pytest.mark.parametrize('step', STEPS)
-def test_interrupted_says_so_in_one_line_and_the_next_run_goes_on(job, step, tmp_path):
-    """Ctrl-C goes to all processes, what kill and batch systems send to the script alone."""
+def test_interrupted(job, step, tmp_path):
+    """It says so in one line, and the next run goes on.
+
+    Ctrl-C goes to all processes, what kill and batch systems send to the script alone.
+    """
     root, (at, processes) = copy_before(job, step, tmp_path), WORKING[step]
     for number, send in (signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill):
         notes = tmp_path / f'notes{number}'
-        with held(job.command(step, root), notes, at, processes) as process:
-            workers = set(held_processes(notes)) - {process.pid}
+        with stopped_at(job.command(step, root), notes, at, processes) as process:
+            workers = set(stopped_processes(notes)) - {process.pid}
             assert all(map(ignores_interrupts, workers))  # Ctrl-C is for their parent
             send(process.pid, number)
             if step == 'fetch':
                 (notes / 'go').touch()  # threads that load frames end their frame first
             out, err = process.communicate(timeout=300)
-        assert (process.returncode, said(err)) == (130, INTERRUPTED) and 'Traceback' not in out
+        assert (process.returncode, stderr_lines(err)) == (
+            130,
+            INTERRUPTED,
+        ) and 'Traceback' not in out
         assert not [path for path in root.rglob('.*') if path.suffix != '.part']
         assert_whole(job, step, root)
     finish(job, step, root)
@@ -116,20 +134,22 @@ def test_interrupted_says_so_in_one_line_and_the_next_run_goes_on(job, step, tmp
 def test_one_worker_is_interrupted_in_the_scripts_own_process(job, tmp_path):
     at = r'os.rename .*/videos/00000000004_'
     command = job.command('cut', tmp_path / 'root', '--num_workers=1')
-    with held(command, tmp_path / 'notes', at) as process:
-        assert held_processes(tmp_path / 'notes') == [process.pid]
+    with stopped_at(command, tmp_path / 'notes', at) as process:
+        assert stopped_processes(tmp_path / 'notes') == [process.pid]
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=300)
-    assert (process.returncode, said(err)) == (130, INTERRUPTED)
+    assert (process.returncode, stderr_lines(err)) == (130, INTERRUPTED)
     assert not list((tmp_path / 'root/videos').glob('00000000004_*'))
 
 
 @pytest.mark.parametrize('step', ['cut', 'cut archives', 'extract', 'merge'])
 def test_a_second_run_is_refused_while_the_first_works(job, step, tmp_path):
     root = copy_before(job, step, tmp_path)
-    with held(job.command(step, root), tmp_path / 'notes', WORKING[step][0]) as first:
+    with stopped_at(job.command(step, root), tmp_path / 'notes', WORKING[step][0]) as first:
         second = here(*job.command(step, root)[1:], code=1)
-        assert len(said(second.stderr)) == 1 and second.stderr.startswith('error: another run')
+        assert len(stderr_lines(second.stderr)) == 1 and second.stderr.startswith(
+            'error: another run'
+        )
         (tmp_path / 'notes/go').touch()
         _, err = first.communicate(timeout=300)
         assert first.returncode == 0, err
@@ -137,13 +157,14 @@ def test_a_second_run_is_refused_while_the_first_works(job, step, tmp_path):
 
 
 @pytest.mark.parametrize('step', ['prepare', 'prepare from videos', 'link'])
-def test_of_two_runs_of_a_short_step_one_is_done_and_the_other_done_or_told(job, step, tmp_path):
+def test_two_runs_of_a_short_step(job, step, tmp_path):
+    """One is done, the other is done or stops with one line."""
     root = copy_before(job, step, tmp_path)
-    with held(job.command(step, root), tmp_path / 'notes', WORKING[step][0]) as first:
+    with stopped_at(job.command(step, root), tmp_path / 'notes', WORKING[step][0]) as first:
         run(*job.command(step, root)[1:])
         (tmp_path / 'notes/go').touch()
         _, err = first.communicate(timeout=300)
-    lines = said(err)
+    lines = stderr_lines(err)
     assert first.returncode == 0 or len(lines) == 1 and lines[0].startswith('error: '), err
     assert_undisturbed(job, step, root)
 
@@ -181,9 +202,12 @@ FREE_KB = {'cut': 150, 'cut archives': 154, 'extract': 1500, 'fetch': 4, 'prepar
 
 
 @pytest.mark.parametrize('step', STEPS)
-def test_a_full_disk_is_told_and_the_same_command_goes_on_once_there_is_space(job, step, tmp_path):
+def test_full_disk(job, step, tmp_path):
+    """It is reported, and the same command goes on once there is space."""
     first, second = run_mounted(job, step, tmp_path, FREE_KB.get(step, 0))
-    assert [first[0], len(said(first[1]))] == [1, 1] and 'No space left on device' in first[1]
+    assert [first[0], len(stderr_lines(first[1]))] == [1, 1] and 'No space left on device' in first[
+        1
+    ]
     assert_whole(job, step, tmp_path / 'full')
     assert second[0] == 0, second[1]
     assert_undisturbed(job, step, tmp_path / 'root')
@@ -192,7 +216,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on_once_there_is_space(jo
 @pytest.mark.parametrize('step', STEPS)
 def test_a_read_only_disk_is_told(job, step, tmp_path):
     ((code, err),) = run_mounted(job, step, tmp_path, 'readonly')
-    assert [code, len(said(err))] == [1, 1] and 'Read-only file system' in err
+    assert [code, len(stderr_lines(err))] == [1, 1] and 'Read-only file system' in err
 
 
 # root loses the rights to pass over permissions: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
@@ -225,7 +249,7 @@ def test_folders_that_may_not_be_written_are_told(job, step, tmp_path):
     finally:
         for folder in folders:
             folder.chmod(0o755)
-    assert [done.returncode, len(said(done.stderr))] == [1, 1], done.stderr
+    assert [done.returncode, len(stderr_lines(done.stderr))] == [1, 1], done.stderr
     assert 'Permission denied' in done.stderr
     assert snapshot(root) == snapshot(job.before(step))
 
@@ -240,7 +264,7 @@ def test_a_folder_that_may_not_be_entered_is_told(job, step, tmp_path):
         done = run_obeying(job.command(step, root))
     finally:
         private.chmod(0o700)
-    assert [done.returncode, len(said(done.stderr))] == [1, 1], done.stderr
+    assert [done.returncode, len(stderr_lines(done.stderr))] == [1, 1], done.stderr
     assert 'Permission denied' in done.stderr
 
 
@@ -271,11 +295,11 @@ def test_a_disk_without_symbolic_links_is_told(job, tmp_path, monkeypatch):
 def test_a_killed_worker_process_ends_the_run_with_a_line(job, tmp_path):
     at, processes = WORKING['cut']
     root, notes = tmp_path / 'root', tmp_path / 'notes'
-    with held(job.command('cut', root), notes, at, processes) as process:
-        os.kill(held_processes(notes)[0], signal.SIGKILL)
+    with stopped_at(job.command('cut', root), notes, at, processes) as process:
+        os.kill(stopped_processes(notes)[0], signal.SIGKILL)
         _, err = process.communicate(timeout=300)
-    assert [process.returncode, len(said(err))] == [1, 1], err
-    assert said(err)[0].startswith('error: a worker process was killed')
+    assert [process.returncode, len(stderr_lines(err))] == [1, 1], err
+    assert stderr_lines(err)[0].startswith('error: a worker process was killed')
     finish(job, 'cut', root)
 
 
@@ -284,8 +308,8 @@ def test_workers_end_with_their_parent(job, number, tmp_path):
     """When a terminal is lost, or memory runs out: nothing is told to the workers then."""
     at, processes = WORKING['cut']
     notes = tmp_path / 'notes'
-    with held(job.command('cut', tmp_path / 'root'), notes, at, processes) as process:
-        workers = [psutil.Process(pid) for pid in held_processes(notes)]
+    with stopped_at(job.command('cut', tmp_path / 'root'), notes, at, processes) as process:
+        workers = [psutil.Process(pid) for pid in stopped_processes(notes)]
         assert process.pid not in [worker.pid for worker in workers] and len(workers) == 2
         process.send_signal(number)
         process.communicate(timeout=300)

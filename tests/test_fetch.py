@@ -31,7 +31,7 @@ from helpers import (
     Evil,
     assert_same_people,
     errors,
-    held,
+    stopped_at,
     here,
     kill_tree,
     load,
@@ -554,14 +554,15 @@ def test_a_checkpoint_is_downloaded_once(tmp_path, monkeypatch):
     assert [fetch_proposal.find_checkpoint(url + name) for name in names[:2]] == paths
 
 
-def test_frames_that_were_done_before_a_kill_are_not_detected_again(tmp_path):
+def test_frames_detected_before_a_kill(tmp_path):
+    """They are not detected again."""
     root, notes = write_root(tmp_path, range(12)), tmp_path / 'notes'
     program = (
         f'import sys; sys.path.insert(0, {str(REPO)!r}); import fetch_proposal; '
         'fetch_proposal.CPU_CHUNK = 4; fetch_proposal.main()'
     )
     command = [sys.executable, '-c', program, f'--avakinetics_root={root}', *TINY]
-    with held(command, notes, r'open .*/scene-00009_.*\.jpg$') as process:
+    with stopped_at(command, notes, r'open .*/scene-00009_.*\.jpg$') as process:
         wait_until(lambda: (root / FRAMES).read_text().count('people') >= 4, process)
         kill_tree(process)
     assert not (root / 'kinetics_proposal.pkl').exists()
@@ -586,9 +587,8 @@ def test_batches_give_the_same_boxes(fetched, tmp_path, size):
         assert_same_people(boxes, single[key])
 
 
-def test_a_list_that_changes_meanwhile_is_not_what_the_pickle_was_made_of(
-    small, tmp_path, monkeypatch
-):
+def test_a_list_that_changes_meanwhile(small, tmp_path, monkeypatch):
+    """The record has the digest of the list that was read."""
     root, rows = shutil.copytree(small, tmp_path / 'root'), small / 'kinetics_train.csv'
     detect_missing = fetch_proposal.detect_missing
 
@@ -657,8 +657,8 @@ def test_several_processes_find_what_one_does(fetched, few):
     assert_found([found for _, result in results for found in result], fetched, few[0])
 
 
-def test_a_frame_that_the_pipeline_cannot_take_costs_itself_only(tmp_path):
-    """OpenCV cannot resize a picture of 3000x1."""
+def test_a_frame_that_the_pipeline_refuses(tmp_path):
+    """It costs itself only: OpenCV cannot resize an image of 3000x1."""
     root = write_root(tmp_path, range(2))
     cv2.imwrite(
         str(root / 'rawframes/scene-00001_000010_000014/img_00061.jpg'),
@@ -672,8 +672,8 @@ def test_a_frame_that_the_pipeline_cannot_take_costs_itself_only(tmp_path):
     )
 
 
-def test_moved_frames_are_known_and_another_config_makes_another_detector(tmp_path):
-    """A plain copy has other times."""
+def test_what_the_cache_depends_on(tmp_path):
+    """On the config and on the size of frames, not on their times: a plain copy has other times."""
     root, config = write_root(tmp_path / 'root', range(1)), tmp_path / 'config.py'
     options = [f'--avakinetics_root={root}', f'--config={config}', TINY[1]]
     for text, said in (

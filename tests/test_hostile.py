@@ -420,7 +420,8 @@ def test_annotation_lines(annotated, name, step):
     assert all(len(reason) < 300 for reason in annotated[step].values())
 
 
-def test_an_annotation_is_judged_alike_before_and_after_any_other(tmp_path):
+def test_annotation_lines_in_any_company(tmp_path):
+    """A line is judged alike before and after any other."""
     path = tmp_path / 'annotations.csv'
     for name, (line, good) in ANNOTATIONS.items():
         data = line.encode() if isinstance(line, str) else line

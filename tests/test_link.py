@@ -213,7 +213,8 @@ def test_what_is_missing_is_named_with_what_mends_it(worlds, name):
     assert 'NOT ready for training' in page and reason in page.replace('&#x27;', "'")
 
 
-def test_a_frame_that_step_6_could_not_read_is_missing_while_it_stays_as_it_was(worlds):
+def test_frames_that_step_6_could_not_read(worlds):
+    """They count as missing while they stay as they were."""
     root, ava = worlds
     frame = f'rawframes/{CLIP}/img_00061.jpg'
     (root / 'reports').mkdir(exist_ok=True)
@@ -229,7 +230,8 @@ def test_a_frame_that_step_6_could_not_read_is_missing_while_it_stays_as_it_was(
     assert link(root, ava).stdout.endswith(READY)
 
 
-def test_what_step_6_warned_of_is_a_warning_here_and_on_the_page(worlds):
+def test_warnings_of_step_6(worlds):
+    """They are repeated here and on the page."""
     root, ava = worlds
     (root / 'reports').mkdir(exist_ok=True)
     record = root / 'reports/fetch_proposal_train.json'
@@ -316,7 +318,8 @@ def test_clips_that_are_read_as_videos_have_their_frames(worlds, seconds):
         assert reason in errors(link(root, ava, code=1))
 
 
-def test_the_kinetics_validation_part_is_checked_where_it_was_prepared(worlds):
+def test_the_kinetics_validation_part(worlds):
+    """It is checked where it was prepared."""
     root, ava = worlds
     clip = 'bbbbbbbbbbb_000103_000107'
     (root / 'kinetics_val.csv').write_text(ROW.replace(CLIP, clip))
@@ -366,7 +369,8 @@ def test_equal_data_gives_an_equal_page(worlds):
     assert (root / 'report.html').read_bytes() == page
 
 
-def test_a_keyframe_that_an_early_step_left_out_is_not_counted_again(worlds):
+def test_keyframes_count_once(worlds):
+    """At the first step that skipped them."""
     root, ava = worlds
     header, rows = 'video_id,timestamp,reason\n', 'a,5,file missing: x\nb,6,file missing: y\n'
     (root / 'reports').mkdir(exist_ok=True)

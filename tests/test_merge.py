@@ -61,7 +61,8 @@ def test_kinetics_rows_come_first_and_ava_wins(root):
     )
 
 
-def test_merging_twice_is_merging_once_and_a_later_merge_is_a_first_one(root):
+def test_merging_twice_is_merging_once(root):
+    """And a later merge, of other files, is like a first one."""
     merge(root)
     before = snapshot(root)
     merge(root)
@@ -116,7 +117,8 @@ def test_ava_copied_again_is_taken_anew(root):
     assert load(root / PICKLE).keys() == {'-5KQ66BBWC4,0903', *KINETICS}
 
 
-def test_a_merge_that_was_killed_between_its_two_files_is_mended(root):
+def test_a_merge_killed_between_its_files(root):
+    """The next one completes it."""
     before = {name: (root / name).read_bytes() for name in (CSV, PICKLE)}
     merge(root)
     after = snapshot(root)

@@ -16,7 +16,7 @@ import tqdm
 
 import fetch_proposal
 from demo import SCRIPTS, readme_commands
-from helpers import TINY, REPO, annotation_rows, errors, here, read_report, run, said
+from helpers import TINY, REPO, annotation_rows, errors, here, read_report, run, stderr_lines
 from job import STEPS, assert_undisturbed
 
 NAME = 'aaaaaaaaaaa_000000_000010.mp4'
@@ -164,7 +164,7 @@ def test_a_reader_that_has_read_enough_is_no_error(job, step, tmp_path):
     command = job.command(step, root, *['--num_workers=1'] * (step in ('cut', 'extract')))
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
-    assert (done.returncode, said(done.stderr)) == (141, [])
+    assert (done.returncode, stderr_lines(done.stderr)) == (141, [])
     if step != 'link':  # whose bar needs its first line to be out
         assert_undisturbed(job, step, root)
 

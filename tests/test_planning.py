@@ -104,7 +104,8 @@ def test_a_keyframe_is_detected_in_its_own_clip():
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=8),
     st.integers(0, 3),
 )
-def test_proposals_are_planned_for_keyframes_and_neighbours_within_the_clip(picked, neighbors):
+def test_planned_frames(picked, neighbors):
+    """Keyframes and their neighbors within the clip, each once."""
     keyframes = [keyframe_of(f'{index}_000010_000020', 10 + second) for index, second in picked]
     frames = plan_frames(keyframes, neighbors, Path())
     assert [frame.keyframe.key for frame in frames] == sorted(

@@ -65,7 +65,8 @@ def test_the_most_centred_whole_clip_is_taken(world):
 
 
 @pytest.mark.parametrize('second,start', [(104, 100), (106, 103), (109, 103), (101, 100)])
-def test_of_two_clips_the_one_in_whose_middle_a_keyframe_lies_is_taken(world, second, start):
+def test_the_most_centered_clip_is_taken(world, second, start):
+    """Of two that cover a keyframe."""
     for first in 100, 103:
         fake_frames(world / 'root/rawframes', f'aaaaaaaaaaa_{first:06d}_{first + 8:06d}')
     annotate(world, annotation_rows('aaaaaaaaaaa', second))

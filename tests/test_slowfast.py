@@ -124,7 +124,8 @@ def test_boxes_and_labels_are_those_of_the_csv(mmaction2, written, part):
 
 
 @pytest.mark.parametrize('part', PARTS)
-def test_predicted_boxes_are_the_proposals_that_mmaction2_keeps(mmaction2, written, part):
+def test_predicted_boxes(mmaction2, written, part):
+    """They are the proposals that MMAction2 keeps."""
     proposals = load(mmaction2.root / PARTS[part][1])
     for name, second, _, boxes in keyframes(written, mmaction2.root, part, 'val'):
         key = f'{name[:11]},{original(name, second):04d}'

@@ -24,7 +24,7 @@ SCRIPTS = (
 
 
 def readme_commands(heading: str, file: str = 'README.md') -> list[str]:
-    """The first shell block of every section whose heading starts so: '### Step '."""
+    """Return the first shell block of every section whose heading starts so: '### Step '."""
     sections = re.findall(rf'^{heading}.*?(?=^##|\Z)', (REPO / file).read_text(), re.M | re.S)
     return [
         re.search(r'^```shell\n(.*?)^```', section, re.M | re.S)[1]
@@ -34,9 +34,7 @@ def readme_commands(heading: str, file: str = 'README.md') -> list[str]:
 
 
 def run_readme(mmaction2: Path, show: bool) -> str:
-    """Run Steps 3 to 7 of the README in a drawn world; the tiny detector takes the place of the
-    documented one.
-    """
+    """Run Steps 3 to 7 of the README in a drawn world, with the tiny detector."""
     place = mmaction2 / 'tools/data/ava_kinetics'
     for script in SCRIPTS:
         shutil.copy(REPO / script, place)
@@ -78,7 +76,7 @@ def run_readme(mmaction2: Path, show: bool) -> str:
 
 
 def show_tree(folder: Path, most: int = 6) -> None:
-    """Print a folder's tree, of every folder the first few entries."""
+    """Print a folder's tree, with the first few entries of every folder."""
     for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
         if not path.is_dir():
             print(f'  {path.name:<58}{path.stat().st_size:>10,} bytes')

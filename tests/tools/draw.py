@@ -38,7 +38,7 @@ def stamp_height(image: np.ndarray) -> int:
 
 
 def read_stamp(image: np.ndarray) -> int:
-    """The number that `stamp` wrote; -1 where the parity is wrong, as in a blend of two frames."""
+    """Read the number that `stamp` wrote; -1 if its parity is wrong, as in a blend of frames."""
     bar = image[1 : stamp_height(image) - 2].mean(axis=(0, 2))
     edges = np.linspace(0, image.shape[1], STAMP_BITS + 2)
     cells = [
@@ -52,9 +52,7 @@ def read_stamp(image: np.ndarray) -> int:
 
 
 def figures_at(scene: int, time: float) -> list[dict]:
-    """The people of a scene at a time in seconds: centre x, feet y, height (all relative), and
-    looks.
-    """
+    """Return the people of a scene at a time: center x, feet y, height (all relative), looks."""
     rng = np.random.default_rng(scene)
     count = int(rng.integers(1, 4))
     people = []
@@ -78,9 +76,7 @@ def figures_at(scene: int, time: float) -> list[dict]:
 
 
 def draw_figure(image: np.ndarray, person: dict) -> tuple[int, int, int, int]:
-    """Draw one person into a BGR image; return the box x1, y1, x2, y2 in pixels that encloses what
-    was drawn.
-    """
+    """Draw one person into a BGR image; return the enclosing box x1, y1, x2, y2 in pixels."""
     rows, columns = image.shape[:2]
     mask = np.zeros((rows, columns), np.uint8)
     tall = person['height'] * rows
@@ -121,7 +117,7 @@ def draw_figure(image: np.ndarray, person: dict) -> tuple[int, int, int, int]:
 
 @functools.lru_cache(maxsize=4)
 def draw_background(scene: int, width: int, height: int) -> np.ndarray:
-    """A still room with furniture that is not a person: blobs, boxes, lamps and stripes.
+    """Draw a still room with furniture that is not a person.
 
     BGR, uint8.
     """
@@ -152,7 +148,7 @@ def draw_background(scene: int, width: int, height: int) -> np.ndarray:
 def draw_frame(
     scene: int, time: float, size: tuple[int, int], number: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One picture of a scene: BGR (H, W, 3) and the relative boxes (n, 4) of its people."""
+    """Draw a frame of a scene: BGR (H, W, 3) and the relative boxes (n, 4) of its people."""
     width, height = size
     image = draw_background(scene, width, height).copy()
     boxes = [draw_figure(image, person) for person in figures_at(scene, time)]
@@ -162,7 +158,7 @@ def draw_frame(
 
 
 def figure_boxes(scene: int, time: float, size: tuple[int, int]) -> np.ndarray:
-    """The relative boxes (n, 4) of the people of a scene, as `draw_frame` draws them."""
+    """Return the relative boxes (n, 4) of the people of a scene, as `draw_frame` draws them."""
     return draw_frame(scene, time, size)[1]
 
 
@@ -209,7 +205,7 @@ def encode(path, frames, fps, size: tuple[int, int], before=(), inputs=(), optio
 
 
 def encode_plain(path, frames, fps, size: tuple[int, int]) -> None:
-    """What `encode` does without options, by PyAV."""
+    """Do what `encode` does without options, by PyAV."""
     with av.open(str(path), 'w') as video:
         stream = video.add_stream('libx264', Fraction(fps), options=dict(preset='ultrafast'))
         stream.width, stream.height = size

@@ -40,7 +40,7 @@ ACTIONS = {12: 'stand', 79: 'talk to (e.g., self, a person, a group)', 80: 'watc
 
 
 def annotate(name: str, second: str, boxes: np.ndarray, tail: str = '') -> str:
-    """AVA rows: every person stands and does one of two more things."""
+    """Return AVA rows: every person stands and does one of two more things."""
     rows = ''
     for index, box in enumerate(boxes):
         for action in (12, 79 + index % 2):
@@ -53,7 +53,7 @@ def annotate(name: str, second: str, boxes: np.ndarray, tail: str = '') -> str:
 
 
 def draw_kinetics(mmaction2: Path) -> None:
-    """data/kinetics700 with its list, and the annotations in the scripts' place."""
+    """Draw data/kinetics700 with its list, and the annotations beside the scripts."""
     kinetics, rows, lines, scene = mmaction2 / 'data/kinetics700', '', [], 0
     for label, (class_name, videos) in enumerate(SCENES.items()):
         for video, start, fps, size, seconds in videos:
@@ -83,7 +83,7 @@ def draw_kinetics(mmaction2: Path) -> None:
 
 
 def draw_ava(mmaction2: Path) -> None:
-    """data/ava: six seconds of frames of two movies, annotations and proposals in FAIR's format."""
+    """Draw data/ava: six seconds of two movies, annotations and proposals in FAIR's format."""
     ava, rows, proposals = mmaction2 / 'data/ava', '', {}
     (ava / 'annotations').mkdir(parents=True, exist_ok=True)
     for video, scene in AVA_VIDEOS.items():
@@ -111,9 +111,7 @@ def draw_ava(mmaction2: Path) -> None:
 
 
 def draw_other_annotations(folder: Path, validated: str) -> None:
-    """The files of AVA's annotation folder beside the training rows and proposals; a keyframe
-    `movie,second` is validated, nothing is excluded.
-    """
+    """Write AVA's other annotation files, with one validated keyframe `movie,second`."""
     (folder / 'ava_train_excluded_timestamps_v2.2.csv').write_text('')
     (folder / 'ava_val_v2.2.csv').write_text(f'{validated},0.1,0.2,0.3,0.4,12,0\n')
     (folder / 'ava_val_excluded_timestamps_v2.2.csv').write_text('')
@@ -126,14 +124,14 @@ def draw_other_annotations(folder: Path, validated: str) -> None:
 
 
 def fair_pickle(proposals: dict[str, np.ndarray]) -> bytes:
-    """Proposals as the published file has them: written by NumPy 1, so that it names numpy.core."""
+    """Pickle proposals as the published file is: by NumPy 1, so that it names numpy.core."""
     return pickle.dumps(proposals, protocol=2).replace(
         b'numpy._core.multiarray', b'numpy.core.multiarray'
     )
 
 
 def copy_as_validation_split(mmaction2: Path) -> None:
-    """The Kinetics part once more as the validation split, under other video ids."""
+    """Copy the Kinetics part as the validation split, under other video ids."""
     kinetics = mmaction2 / 'data/kinetics700'
 
     def renamed(name: str) -> str:

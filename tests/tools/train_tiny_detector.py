@@ -27,9 +27,7 @@ TRAIN_SCENES = 1_000_000  # scenes from here on are trained on; tests and demo d
 
 
 def draw_sample(scene: int) -> tuple[torch.Tensor, DetDataSample]:
-    """A drawn picture (3, 256, 432) uint8 BGR with its people as ground truth, compressed as a JPEG
-    of 60 to 95.
-    """
+    """Draw an image (3, 256, 432) uint8 BGR with its people as ground truth, through JPEG."""
     rng = np.random.default_rng(scene)
     width = int(rng.choice([320, 340, 426, 432, 456]))
     image, boxes = draw_frame(scene, rng.uniform(0, 10), (width, 256), int(rng.integers(300)))
@@ -76,7 +74,7 @@ def train(steps: int) -> torch.nn.Module:
 
 
 def recall(model: torch.nn.Module, scenes: range) -> tuple[int, int]:
-    """How many of the drawn people are found (IoU > 0.7, score > 0.7), of how many."""
+    """Return how many of the drawn people are found (IoU > 0.7, score > 0.7), of how many."""
     found = total = 0
     for scene in scenes:
         image, sample = draw_sample(scene)
