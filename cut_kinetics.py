@@ -451,7 +451,7 @@ def decode(file: BinaryIO, start: float, expected: int) -> Iterator[TimedFrame]:
     not depend on earlier ones. `expected` is the duration in the source's name. Raises SourceError
     if the source is longer, cannot be decoded or ends with an error.
     """
-    zero = None
+    origin = None
     now = 0.0
     error = ''
     pending: deque[tuple[float, av.VideoFrame]] = deque()
@@ -460,25 +460,27 @@ def decode(file: BinaryIO, start: float, expected: int) -> Iterator[TimedFrame]:
         log.clear()
         stream = find_stream(video, expected)
         for packet, frames, message in decode_packets(video, stream, log):
-            if zero is not None and packet.is_keyframe and packet.pts is not None:
-                if packet.pts * packet.time_base <= zero + start:
+            if origin is not None and packet.is_keyframe and packet.pts is not None:
+                if packet.pts * packet.time_base <= origin + start:
                     error = ''
             if message and not error:
                 error = f'{message}, at {now:.1f} s'
             for frame in frames:
                 if frame.time is None:  # from a damaged packet
                     continue
-                if zero is None:
+                if origin is None:
                     begin = (video.start_time or 0) / av.time_base
-                    zero = begin if frame.time - begin > MAX_LEAD_S else frame.time
-                if frame.time - zero < now:  # as for H.264 with B-frames in AVI, which has no times
+                    origin = begin if frame.time - begin > MAX_LEAD_S else frame.time
+                if (
+                    frame.time - origin < now
+                ):  # as for H.264 with B-frames in AVI, which has no times
                     error = error or f'the times of its frames run backwards, at {now:.1f} s'
-                now = frame.time - zero
+                now = frame.time - origin
                 pending.append((now, frame))
                 if len(pending) > MAX_DELAY:
                     yield TimedFrame(*pending.popleft(), error)
         yield from (TimedFrame(*timed, error) for timed in pending)
-    if zero is None:
+    if origin is None:
         raise SourceError(f'unreadable video: {error or "it holds no frames"}')
     if error:
         raise SourceError(f'damaged video: {error}')
@@ -890,11 +892,11 @@ def check_options(args: argparse.Namespace, videos: Path) -> None:
         if not recorded:
             reason = f'were not made by this script (there is no {path}); move them away'
             sys.exit(f'error: the clips in {videos} {reason}')
-        other = [key for key in options if recorded.get(key, options[key]) != options[key]]
-        if other:
-            made = ', '.join(f'{key} {recorded[key] or "of the source"}' for key in other)
+        changed = [key for key in options if recorded.get(key, options[key]) != options[key]]
+        if changed:
+            described = ', '.join(f'{key} {recorded[key] or "of the source"}' for key in changed)
             sys.exit(
-                f'error: the clips in {videos} were made with {made}; give the same options '
+                f'error: the clips in {videos} were made with {described}; give the same options '
                 'and install the same av, or move these clips away'
             )
     write_if_changed(path, json.dumps(options).encode())
