@@ -917,7 +917,7 @@ def write_csv(path: Path, rows: list[tuple]) -> None:
     write_if_changed(path, table.getvalue().encode('utf-8', 'backslashreplace'))
 
 
-def find_clips(names: Iterable[str], keyframes: Keyframes) -> dict[Clip, list[int]]:
+def find_covering_clips(names: Iterable[str], keyframes: Keyframes) -> dict[Clip, list[int]]:
     """Return the clips among these names that cover keyframes, with the timestamps."""
     return {
         clip: timestamps
@@ -935,7 +935,7 @@ def list_failures(
     """
     planned, covered = (
         {(clip.video_id, found): clip.name for clip in clips for found in clips[clip]}
-        for clips in (find_clips(outcomes, keyframes), existing)
+        for clips in (find_covering_clips(outcomes, keyframes), existing)
     )
     rows = []
     for keyframe in ((video_id, found) for video_id in keyframes for found in keyframes[video_id]):
@@ -1008,7 +1008,7 @@ def cut_all(args: argparse.Namespace) -> None:
 
     # report the keyframes without a clip
     names = (name[:-4] for name in os.listdir(options.videos) if name.endswith('.mp4'))
-    existing = find_clips(names, keyframes)
+    existing = find_covering_clips(names, keyframes)
     rows = list_failures(keyframes, existing, outcomes) + problems
     rows += [('', '', f'unreadable archive: {error}') for error in reader.errors]
     report = reports / f'cut_kinetics_{args.split}.csv'

@@ -31,7 +31,7 @@ import numpy as np
 MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 MOVIE = r'[A-Za-z0-9_-]{11}'
 CLIP = r'[A-Za-z0-9_-]{1,64}_[0-9]{6}_[0-9]{6}'
-COLUMNS = r',\d+(,[-+.\de]+){4},\d+,-?\d+'  # timestamp, box, action, entity
+ROW_REST = r',\d+(,[-+.\de]+){4},\d+,-?\d+'  # timestamp, box, action, entity
 # Version 1.0 of this script ended merged pickles with this line in place of a record
 OLD_TRAILER = re.compile(rb'\nmerged with [0-9a-f]{64}\n\Z')
 # What a pickle of arrays names: types, and the functions that rebuild an array
@@ -44,7 +44,7 @@ ARRAY_PARTS = {
 }
 
 
-class Part(NamedTuple):
+class Files(NamedTuple):
     """A csv of annotations and a pickle of proposals."""
 
     rows: Path
@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def read_rows(path: Path, name: str) -> list[str]:
     """Read the rows `name,timestamp,x1,y1,x2,y2,action,entity`; `name` is a regular expression."""
     rows = path.read_text(errors='replace').splitlines()
-    pattern = re.compile(name + COLUMNS, re.ASCII)
+    pattern = re.compile(name + ROW_REST, re.ASCII)
     for number, row in enumerate(rows, 1):
         if not pattern.fullmatch(row):
             sys.exit(f'error: line {number} of {path} is no annotation; make or copy it again')
@@ -138,7 +138,7 @@ def read_record(path: Path) -> dict:
         return {}
 
 
-def check_datalist(kinetics: Part, record: dict) -> None:
+def check_datalist(kinetics: Files, record: dict) -> None:
     """Exit if Step 6 recorded that it made the pickle from another list."""
     is_recorded = record.get('proposals_sha256') == digest_of(kinetics.proposals.read_bytes())
     if is_recorded and record['datalist_sha256'] != digest_of(kinetics.rows.read_bytes()):
@@ -150,7 +150,7 @@ def backup_path(path: Path) -> Path:
     return path.with_suffix(f'.ava_only{path.suffix}')
 
 
-def find_ava(ava: Part, record: dict, copy_hint: str) -> Part:
+def find_ava(ava: Files, record: dict, copy_hint: str) -> Files:
     """Return AVA's own files: each of these or, if it holds Kinetics already, its backup."""
     rows_merged = bool(re.search(f'^{CLIP},'.encode(), ava.rows.read_bytes(), re.M))
     content = ava.proposals.read_bytes()
@@ -165,7 +165,7 @@ def find_ava(ava: Part, record: dict, copy_hint: str) -> Part:
             reason = 'holds Kinetics already, and its backup is missing'
             sys.exit(f'error: {path} {reason}; {copy_hint}')
         own.append(backup_path(path) if merged else path)
-    return Part(*own)
+    return Files(*own)
 
 
 def write_if_changed(path: Path, content: bytes) -> None:
@@ -187,7 +187,7 @@ def lock_folder(path: Path) -> None:
         pass
 
 
-def merge(kinetics: Part, ava: Part, merged: Part, reports: Path, split: str, hint: str) -> None:
+def merge(kinetics: Files, ava: Files, merged: Files, reports: Path, split: str, hint: str) -> None:
     """Merge both parts, write the merged files and print the summary."""
     # find AVA's own files, whose place the merged ones may have taken
     lock_folder(merged.rows.parent)
@@ -245,13 +245,13 @@ def merge_split(args: argparse.Namespace) -> None:
     split = args.split
     annotations = root / 'annotations'
     infix = '' if split == 'train' else f'_{split}'
-    kinetics = Part(root / f'kinetics_{split}.csv', root / f'kinetics{infix}_proposal.pkl')
-    ava = merged = Part(
+    kinetics = Files(root / f'kinetics_{split}.csv', root / f'kinetics{infix}_proposal.pkl')
+    ava = merged = Files(
         annotations / f'ava_{split}_v2.2.csv',
         annotations / f'ava_dense_proposals_{split}.FAIR.recall_93.9.pkl',
     )
     if split == 'val':
-        merged = Part(
+        merged = Files(
             annotations / 'ava_kinetics_val_v2.2.csv',
             annotations / 'ava_kinetics_dense_proposals_val.pkl',
         )

@@ -39,7 +39,7 @@ CLIP_NAME = re.compile(r'([A-Za-z0-9_-]{1,64})_([0-9]{6})_([0-9]{6})')
 OLD_FRAMES = 'frames older than their clip'
 NO_THREADS = 'no more threads can be started here; raise the limit on processes (ulimit -u)'
 
-Keyframe = tuple[str, int]  # video id, timestamp
+KeyframeId = tuple[str, int]  # video id, timestamp
 
 
 class Annotation(NamedTuple):
@@ -258,8 +258,8 @@ def choose_clip(timestamp: int, states: list[State]) -> State | None:
 
 
 def choose_clips(
-    keyframes: set[Keyframe], states: dict[str, list[State]]
-) -> tuple[dict[Keyframe, State], list[tuple]]:
+    keyframes: set[KeyframeId], states: dict[str, list[State]]
+) -> tuple[dict[KeyframeId, State], list[tuple]]:
     """Choose a usable clip for each keyframe; return them, and report rows for the others."""
     chosen = {}
     skipped = []
@@ -289,7 +289,7 @@ def write_csv(path: Path, rows: list[tuple]) -> None:
     write_if_changed(path, table.getvalue().encode('utf-8', 'backslashreplace'))
 
 
-def format_rows(annotations: list[Annotation], chosen: dict[Keyframe, State]) -> list[str]:
+def format_rows(annotations: list[Annotation], chosen: dict[KeyframeId, State]) -> list[str]:
     """Format the annotations of the chosen clips as MMAction2 reads them, a row each."""
     return [
         '{},{},{:.3f},{:.3f},{:.3f},{:.3f},{},-1\n'.format(
@@ -300,7 +300,7 @@ def format_rows(annotations: list[Annotation], chosen: dict[Keyframe, State]) ->
     ]
 
 
-def print_summary(chosen: set[State], skipped: list[tuple], root: Path) -> None:
+def print_clips(chosen: set[State], skipped: list[tuple], root: Path) -> None:
     """Print how training can read the chosen clips, and why keyframes and lines were skipped."""
     with_frames = sum(state.has_frames for state in chosen)
     old = sum(state.has_old_frames for state in chosen)
@@ -350,7 +350,7 @@ def prepare(args: argparse.Namespace) -> None:
     write_if_changed(target, ''.join(rows).encode())
     count = f'{len(rows):,}, for {len(chosen):,} of {len(keyframes):,} annotated keyframes'
     print(f'rows in {target}: {count}')
-    print_summary(set(chosen.values()), skipped, root)
+    print_clips(set(chosen.values()), skipped, root)
     if empty:
         print(f'  keyframes without people, nothing to prepare: {len(empty):,}')
     if max(annotation.action for annotation in annotations) > MAX_ACTION:

@@ -289,7 +289,7 @@ def check_clip(clip: Clip, as_frames: bool, root: Path) -> Problem | None:
     return Problem(clip.name, reason, remedy)
 
 
-def find_clips(table: pd.DataFrame) -> list[Clip]:
+def clips_of(table: pd.DataFrame) -> list[Clip]:
     """Return the clips in a list of annotations; its other names are those of AVA movies."""
     return [clip for clip in map(parse_clip, table['clip'].unique()) if clip]
 
@@ -307,7 +307,7 @@ def check_all_frames(tables: list[pd.DataFrame], root: Path) -> dict[str, Proble
     for table in tables:
         for name, found in table.groupby('clip').second.agg(set).items():
             timestamps[name] |= found
-        clips = find_clips(table)
+        clips = clips_of(table)
         if reads_frames(clips, root):
             as_frames |= {clip.name for clip in clips}
 
@@ -723,7 +723,7 @@ def check(root: Path) -> None:
     incomplete = check_all_frames([loaded.table for loaded in lists], root)
     for part, table, _ in lists:
         names = set(table['clip'])
-        num_clips = len(find_clips(table))
+        num_clips = len(clips_of(table))
         count = len(names & incomplete.keys())
         print(
             f'{part.title}: Kinetics clips: {num_clips:,}, AVA movies: {len(names) - num_clips:,}; '
@@ -736,7 +736,7 @@ def check(root: Path) -> None:
     write_csv(report, [Problem._fields, *problems])
     lines = summarize(problems)
     verdict = 'NOT ready for training' if lines else 'ready for training'
-    if not lines and not reads_frames(find_clips(lists[0].table), root):
+    if not lines and not reads_frames(clips_of(lists[0].table), root):
         verdict += ' from the videos of Kinetics, see docs/small-disk.md'
         warnings.append(
             "MMAction2's own configs read raw frames: for them, run Step 4, then Steps 5 to 7 "

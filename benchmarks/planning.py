@@ -52,7 +52,7 @@ def plan_all(annotations: Path, listing: Path, queue) -> None:
     keyframes, _ = cut_kinetics.read_keyframes(annotations)
     plan = functools.partial(cut_kinetics.plan_clips, keyframes=keyframes)
     jobs, _ = cut_kinetics.read_list(listing, plan)
-    clips = cut_kinetics.find_clips({job.clip.name for job in jobs}, keyframes)
+    clips = cut_kinetics.find_covering_clips({job.clip.name for job in jobs}, keyframes)
     covered = {(clip.video_id, found) for clip in clips for found in clips[clip]}
     queue.put(
         (

@@ -50,7 +50,7 @@ def test_every_keyframe_in_a_source_is_in_its_clip(found, wanted):
         names += [clip.name for clip in clips]
         for first, second in itertools.pairwise(clips):
             assert second.start - first.end >= cut_kinetics.MAX_GAP_S - 3
-    clips = cut_kinetics.find_clips(names, keyframes)
+    clips = cut_kinetics.find_covering_clips(names, keyframes)
     assert {timestamp for found in clips.values() for timestamp in found} == {
         timestamp
         for timestamp in wanted
@@ -123,13 +123,8 @@ MAY_DIFFER = {
     'build_parser': "each step's own arguments",
     'parse_args': "each step's own arguments",
     'main': "each step's own work",
-    'COLUMNS': 'in Step 7a a regular expression, in Step 7b the types',
     'Options': "what each step's workers need",
     'check_clip': 'Step 5 falls back on the video, Step 7b checks what training will read',
-    'find_clips': 'Step 3 looks through names, Step 5 folders, Step 7b the merged annotations',
-    'Keyframe': 'Step 5 has no clip yet when it reads one',
-    'Part': 'Step 7b names its parts',
-    'print_summary': 'what each step has to say',
     'read_proposals': 'Step 7a stops at a broken pickle, Step 7b reports it',
 }
 
@@ -139,8 +134,9 @@ def definitions(script: Path) -> dict[str, str]:
     text, found = script.read_text(), {}
     for node in ast.parse(text).body:
         names = [getattr(node, 'name', None)]
-        if isinstance(node, ast.Assign):
-            names = [name.id for name in ast.walk(node.targets[0]) if isinstance(name, ast.Name)]
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            names = [name.id for name in ast.walk(target) if isinstance(name, ast.Name)]
         found |= {name: ast.get_source_segment(text, node) for name in names if name}
     return found
 
