@@ -668,8 +668,8 @@ def init_worker() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def connect(address: str) -> tuple[Executor, type[Exception]]:
-    """Connect to a Dask cluster; return its executor and the error it raises for killed workers.
+def connect(address: str) -> tuple[Executor, tuple[type[Exception], ...]]:
+    """Connect to a Dask cluster; return its executor and its errors for killed workers.
 
     Uploads this script, so that workers can import it.
     """
@@ -689,7 +689,8 @@ def connect(address: str) -> tuple[Executor, type[Exception]]:
         client.upload_file(__file__)
     except (OSError, ValueError) as error:
         sys.exit(f'error: no Dask scheduler with workers at {address}: {error}'.split('\n')[0])
-    return client.get_executor(pure=False), KilledWorker
+    # ValueError: distributed's own, if a worker is killed while its result is on the way
+    return client.get_executor(pure=False), (KilledWorker, ValueError)
 
 
 def run_all(
@@ -703,7 +704,7 @@ def run_all(
     if num_workers == 1 and not scheduler:  # in this process, where a debugger can stop it
         yield from ((item, function(item, options)) for item in items)
         return
-    worker_died: type[Exception] | tuple = ()  # catches nothing
+    worker_died: tuple[type[Exception], ...] = ()  # catches nothing
     limit = MAX_QUEUED
     if scheduler:
         executor, worker_died = connect(scheduler)

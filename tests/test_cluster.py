@@ -1,7 +1,9 @@
 """The same work on a Dask cluster: same bytes, through workers that die and schedulers that go."""
 
+import concurrent.futures
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -163,6 +165,29 @@ def test_an_item_that_kills_every_worker_costs_itself_only(job, tmp_path):
     assert rows[0][2] == 'given up: the workers of the cluster that had it were killed'
     run(*job.command('cut', tmp_path / 'root')[1:])
     assert snapshot(tmp_path / 'root/videos') == snapshot(job.after('cut') / 'videos')
+
+
+class LosesResults(concurrent.futures.ThreadPoolExecutor):
+    """Fails as distributed's executor does if a worker is killed while its result is on the way."""
+
+    def submit(self, function, job, options):
+        if not job.clip.name.startswith('00000000003_'):
+            return super().submit(function, job, options)
+        future = concurrent.futures.Future()
+        future.set_exception(ValueError('not enough values to unpack (expected 3, got 2)'))
+        return future
+
+
+def test_a_result_that_is_lost_costs_itself_only(job, tmp_path, monkeypatch):
+    executor = LosesResults(2)
+    monkeypatch.setattr(logging, 'disable', lambda: None)  # it would hold for the next tests
+    with cluster(tmp_path, 1) as (option, _):
+        monkeypatch.setattr(distributed.Client, 'get_executor', lambda *_, **__: executor)
+        done = here(*job.command('cut', tmp_path / 'root', option)[1:])
+    assert f'{VIDEOS} of {VIDEOS + 2} annotated keyframes' in done.stdout
+    rows = read_report(tmp_path / 'root', 'cut_kinetics_train')
+    assert [row[0] for row in rows] == ['00000000003', '00000000008']
+    assert rows[0][2].startswith('given up: ')
 
 
 def test_a_scheduler_that_goes_away_ends_the_run_with_a_line(job, tmp_path):
