@@ -580,21 +580,31 @@ def is_current(clip: Path, source: Path | None) -> bool:
     return clip_time >= source_time or source_time > time.time()
 
 
+def find_file(source: Source, options: Options) -> Path | None:
+    """Return the file of a listed source, if it exists."""
+    places = (folder / source.path for folder in options.source_folders)
+    return next(filter(os.path.isfile, places), None)
+
+
+def is_cut(job: Job, options: Options) -> bool:
+    """Return whether the clip of a job exists and is current."""
+    clip = options.videos / f'{job.clip.name}.mp4'
+    path = find_file(job.source, options) if job.content is None else None
+    return is_current(clip, path)
+
+
 def cut_clip(job: Job, options: Options) -> Outcome:
     """Cut a clip out of its source, a file or the content of an archive's member."""
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)
     source, clip, content = job
     target = options.videos / f'{clip.name}.mp4'
-    path = None
-    if content is None:
-        places = (folder / source.path for folder in options.source_folders)
-        path = next(filter(os.path.isfile, places), None)
-        if is_current(target, path):
-            return Outcome('existing')
-        if not path:
-            return Outcome('failed', f'file missing: {source.path}')
-    elif not content:
+    path = find_file(source, options) if content is None else None
+    if content is None and is_current(target, path):
+        return Outcome('existing')
+    if content is None and not path:
+        return Outcome('failed', f'file missing: {source.path}')
+    if content == b'':
         return Outcome('failed', 'unreadable video: in its archive it is empty, or a link')
     start, end = clip.start - source.start, clip.end - source.start
     try:
@@ -829,10 +839,10 @@ def connect(address: str) -> tuple[Executor, tuple[type[Exception], ...]]:
 def run_all(
     function: Callable, items: Iterable, options: tuple, num_workers: int, scheduler: str | None
 ) -> Generator[tuple[Any, Any], None, None]:
-    """Yield (item, function(item, options)) as items are done.
+    """Yield (item, function(item, options)) as items are done; take them as workers become free.
 
-    Runs in this process, in local processes or on a Dask cluster; there, the result of an item that
-    killed its workers is None. Takes items as workers become free.
+    Runs in this process, in local processes or on a Dask cluster. There, the result is None if an
+    item's workers were killed.
     """
     if num_workers == 1 and not scheduler:  # in this process, where a debugger can stop it
         yield from ((item, function(item, options)) for item in items)
@@ -860,10 +870,7 @@ def run_all(
                 except worker_died:
                     yield item, None
     except BrokenProcessPool:
-        sys.exit(
-            'error: a worker process was killed, as happens when memory runs out; run the same '
-            'command again, with fewer processes'
-        )
+        sys.exit('error: a worker process was killed: out of memory? run again with fewer of them')
     except CancelledError:
         sys.exit('error: the Dask scheduler went away; run the same command again')
     finally:
@@ -957,7 +964,10 @@ def cut_jobs(
     with contextlib.closing(results):
         for job, outcome in results:
             bar.update()
-            yield job, outcome or Outcome('failed', GIVEN_UP)
+            if not outcome:  # its workers were killed, perhaps after one had cut it
+                is_lost = not is_cut(job, options)
+                outcome = Outcome('failed', GIVEN_UP) if is_lost else Outcome('new')
+            yield job, outcome
 
 
 def print_summary(
@@ -1014,14 +1024,12 @@ def cut_all(args: argparse.Namespace) -> None:
     rows += [('', '', f'unreadable archive: {error}') for error in reader.errors]
     report = reports / f'cut_kinetics_{args.split}.csv'
     write_csv(report, [('video_id', 'timestamp', 'reason'), *rows])
-
     print_summary(existing, outcomes, rows, keyframes, options.videos)
     if rows:
         print(f'  report: {report}')
     if reader.errors:
-        count = f'{len(reader.errors)} of {len(args.kinetics_archives)}'
-        first = reader.errors[0]
-        sys.exit(f'error: archives that cannot be read to the end: {count}, first {first}')
+        count = f'{len(reader.errors)} of {len(args.kinetics_archives)}, first {reader.errors[0]}'
+        sys.exit(f'error: archives that cannot be read to the end: {count}')
     if not existing:
         sys.exit('error: no clip could be cut; the report says why')
 

@@ -696,10 +696,10 @@ def connect(address: str) -> tuple[Executor, tuple[type[Exception], ...]]:
 def run_all(
     function: Callable, items: Iterable, options: tuple, num_workers: int, scheduler: str | None
 ) -> Generator[tuple[Any, Any], None, None]:
-    """Yield (item, function(item, options)) as items are done.
+    """Yield (item, function(item, options)) as items are done; take them as workers become free.
 
-    Runs in this process, in local processes or on a Dask cluster; there, the result of an item that
-    killed its workers is None. Takes items as workers become free.
+    Runs in this process, in local processes or on a Dask cluster. There, the result is None if an
+    item's workers were killed.
     """
     if num_workers == 1 and not scheduler:  # in this process, where a debugger can stop it
         yield from ((item, function(item, options)) for item in items)
@@ -727,10 +727,7 @@ def run_all(
                 except worker_died:
                     yield item, None
     except BrokenProcessPool:
-        sys.exit(
-            'error: a worker process was killed, as happens when memory runs out; run the same '
-            'command again, with fewer processes'
-        )
+        sys.exit('error: a worker process was killed: out of memory? run again with fewer of them')
     except CancelledError:
         sys.exit('error: the Dask scheduler went away; run the same command again')
     finally:
