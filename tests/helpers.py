@@ -216,6 +216,7 @@ def annotation_rows(video: str, second: float, count: int = 1) -> str:
 
 
 SIZE = (160, 120)
+KEYFRAME = f'img_{2 * draw.FPS + 1:05d}.jpg'  # the raw frame two seconds after a clip's start
 CACHE = None  # a folder, where encoded videos are kept for the next test
 # what a source is like where it differs from 10 s of 30 fps, H.264, mp4, without sound
 VARIANTS = {

@@ -18,6 +18,7 @@ import draw
 import fetch_proposal
 import softlink_ava
 from helpers import (
+    KEYFRAME,
     REPO,
     age,
     annotation_rows,
@@ -219,7 +220,7 @@ def test_folders_with_an_empty_frame_or_too_many(two_clips, change):
     """No step takes them. Too many are left when FPS is lowered."""
     extract(two_clips)
     folder = two_clips / f'root/rawframes/{CLIP}'
-    keyframe = folder / 'img_00061.jpg'
+    keyframe = folder / KEYFRAME
     right = snapshot(folder)
     if change == 'empty':
         (folder / 'img_00077.jpg').write_bytes(b'')

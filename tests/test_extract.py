@@ -15,7 +15,7 @@ from helpers import errors, here, numbered_source, read_csv, snapshot
 def make_clip(root, name, seconds=2, **variant):
     path = root / 'videos' / f'{name}.mp4'
     path.parent.mkdir(parents=True, exist_ok=True)
-    numbered_source(path, dict(seconds=seconds, **variant))
+    numbered_source(path, dict(seconds=seconds, fps=draw.FPS, **variant))
     return path
 
 

@@ -16,22 +16,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import draw
 import numpy as np
 import pytest
 import torch
-from mmengine import Config
-from mmengine.structures import InstanceData
-
-import draw
-import fetch_proposal
 from helpers import (
     FRAME_SIZES,
+    KEYFRAME,
     REPO,
     TINY,
     Evil,
     assert_same_people,
     errors,
-    stopped_at,
     here,
     kill_tree,
     load,
@@ -40,10 +36,15 @@ from helpers import (
     read_report,
     refused,
     snapshot,
+    stopped_at,
     wait_until,
     write_detector_class,
     write_root,
 )
+from mmengine import Config
+from mmengine.structures import InstanceData
+
+import fetch_proposal
 
 FRAMES = 'kinetics_proposal.pkl.frames.jsonl'
 NOTHING = 'frames to detect: 0, '
@@ -358,8 +359,8 @@ def test_only_what_is_new_is_detected(tmp_path):
     (root / 'kinetics_train.csv').write_text(table)
     assert NOTHING in fetch(root).stdout
     assert load(root / 'kinetics_proposal.pkl').keys() == whole.keys()
-    frame = root / 'rawframes/scene-00001_000010_000014/img_00061.jpg'
-    shutil.copy(root / 'rawframes/scene-00002_000010_000014/img_00061.jpg', frame)
+    frame = root / f'rawframes/scene-00001_000010_000014/{KEYFRAME}'
+    shutil.copy(root / f'rawframes/scene-00002_000010_000014/{KEYFRAME}', frame)
     assert 'frames to detect: 1, detected before: 8' in fetch(root).stdout
     changed = load(root / 'kinetics_proposal.pkl')
     assert {key for key in whole if not np.array_equal(whole[key], changed[key])} == {
@@ -372,10 +373,10 @@ def test_only_what_is_new_is_detected(tmp_path):
 def test_unreadable_frames_cost_themselves_only(small, tmp_path):
     root = shutil.copytree(small, tmp_path / 'root')
     frames = root / 'rawframes'
-    (frames / 'scene-00000_000010_000014/img_00061.jpg').unlink()
-    whole = (frames / 'scene-00001_000010_000014/img_00061.jpg').read_bytes()
-    (frames / 'scene-00001_000010_000014/img_00061.jpg').write_bytes(whole[: len(whole) // 2])
-    (frames / 'scene-00002_000010_000014/img_00061.jpg').write_bytes(b'no picture\xff\xd9')
+    (frames / f'scene-00000_000010_000014/{KEYFRAME}').unlink()
+    whole = (frames / f'scene-00001_000010_000014/{KEYFRAME}').read_bytes()
+    (frames / f'scene-00001_000010_000014/{KEYFRAME}').write_bytes(whole[: len(whole) // 2])
+    (frames / f'scene-00002_000010_000014/{KEYFRAME}').write_bytes(b'no picture\xff\xd9')
     (root / FRAMES).unlink()
     done = fetch(root)
     assert read_report(root, 'fetch_proposal_train') == [
@@ -383,18 +384,17 @@ def test_unreadable_frames_cost_themselves_only(small, tmp_path):
             'scene-00000',
             '12',
             'unreadable frame: No such file or directory '
-            'rawframes/scene-00000_000010_000014/img_00061.jpg',
+            f'rawframes/scene-00000_000010_000014/{KEYFRAME}',
         ],
         [
             'scene-00001',
             '12',
-            'unreadable frame: not a complete JPEG '
-            'rawframes/scene-00001_000010_000014/img_00061.jpg',
+            f'unreadable frame: not a complete JPEG rawframes/scene-00001_000010_000014/{KEYFRAME}',
         ],
         [
             'scene-00002',
             '12',
-            'unreadable frame: broken JPEG rawframes/scene-00002_000010_000014/img_00061.jpg',
+            f'unreadable frame: broken JPEG rawframes/scene-00002_000010_000014/{KEYFRAME}',
         ],
     ]
     assert '21 of 24 frames' in done.stdout
@@ -403,8 +403,7 @@ def test_unreadable_frames_cost_themselves_only(small, tmp_path):
         assert_same_people(boxes, expected[key])
     record = json.loads((root / 'reports/fetch_proposal_train.json').read_text())
     sizes = [
-        os.path.getsize(frames / f'scene-0000{index}_000010_000014/img_00061.jpg')
-        for index in (1, 2)
+        os.path.getsize(frames / f'scene-0000{index}_000010_000014/{KEYFRAME}') for index in (1, 2)
     ]
     assert list(record['unreadable'].values()) == [0, *sizes]
     before = snapshot(root)
@@ -418,7 +417,7 @@ def test_unreadable_frames_cost_themselves_only(small, tmp_path):
     assert snapshot(root) == before
     shutil.copy(small / FRAMES, root / FRAMES)
     for scene in range(3):
-        name = f'rawframes/scene-{scene:05d}_000010_000014/img_00061.jpg'
+        name = f'rawframes/scene-{scene:05d}_000010_000014/{KEYFRAME}'
         shutil.copy(small / name, root / name)
     fetch(root)
     mended = load(root / 'kinetics_proposal.pkl')
@@ -661,7 +660,7 @@ def test_a_frame_that_the_pipeline_refuses(tmp_path):
     """It costs itself only: OpenCV cannot resize an image of 3000x1."""
     root = write_root(tmp_path, range(2))
     cv2.imwrite(
-        str(root / 'rawframes/scene-00001_000010_000014/img_00061.jpg'),
+        str(root / f'rawframes/scene-00001_000010_000014/{KEYFRAME}'),
         np.zeros((1, 3000, 3), np.uint8),
     )
     fetch(root)

@@ -25,6 +25,7 @@ import prepare_annotation
 import sample_world
 import softlink_ava
 from helpers import (
+    KEYFRAME,
     TINY,
     Evil,
     annotation_rows,
@@ -631,13 +632,20 @@ CLIPS = {
     ),
     'playlist': lambda data: b"ffconcat version 1.0\nfile 'good-clip-0_000000_000004.mp4'\n",
     'Matroska': lambda data: ffmpeg(
-        '-f', 'lavfi', '-i', 'testsrc=s=64x64:d=4:r=30', '-c:v', 'libx264', '-f', 'matroska'
+        '-f',
+        'lavfi',
+        '-i',
+        f'testsrc=s=64x64:d=4:r={draw.FPS}',
+        '-c:v',
+        'libx264',
+        '-f',
+        'matroska',
     ),
     'wrong length': lambda data: ffmpeg(
         '-f',
         'lavfi',
         '-i',
-        'testsrc=s=64x64:d=3:r=30',
+        f'testsrc=s=64x64:d=3:r={draw.FPS}',
         '-c:v',
         'libx264',
         '-movflags',
@@ -779,7 +787,7 @@ def fetched(tmp_path_factory):
     """Step 6 on a good clip and a clip for each broken frame above."""
     root = write_root(tmp_path_factory.mktemp('fetched'), range(len(FRAMES) + 1))
     for scene, make in enumerate(FRAMES.values(), 1):
-        frame = root / f'rawframes/scene-{scene:05d}_000010_000014/img_00061.jpg'
+        frame = root / f'rawframes/scene-{scene:05d}_000010_000014/{KEYFRAME}'
         content = make and make(frame)
         frame.unlink()
         if content is not None:

@@ -16,7 +16,7 @@ import pytest
 import sample_world
 import draw
 import softlink_ava
-from helpers import errors, fake_frames, here, numbered_source, read_report, run, snapshot
+from helpers import KEYFRAME, errors, fake_frames, here, numbered_source, read_report, run, snapshot
 
 CLIP, MOVIES = 'aaaaaaaaaaa_000103_000107', ('-5KQ66BBWC4', 'AVA_mov-1_x')
 LIST = 'annotations/ava_train_v2.2.csv'
@@ -216,7 +216,7 @@ def test_what_is_missing_is_named_with_what_mends_it(worlds, name):
 def test_frames_that_step_6_could_not_read(worlds):
     """They count as missing while they stay as they were."""
     root, ava = worlds
-    frame = f'rawframes/{CLIP}/img_00061.jpg'
+    frame = f'rawframes/{CLIP}/{KEYFRAME}'
     (root / 'reports').mkdir(exist_ok=True)
     record = root / 'reports/fetch_proposal_train.json'
     record.write_text(json.dumps(dict(unreadable={frame: (root / frame).stat().st_size})))
