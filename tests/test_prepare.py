@@ -124,7 +124,9 @@ def test_malformed_lines_are_reported(world):
         + b'x' * 1_000_000
         + b'\n',
     )
-    assert '3 skipped: malformed annotation' in prepare(world).stdout
+    said = prepare(world).stdout
+    assert '3 skipped: malformed annotation' in said
+    assert said.endswith('  report: ' + str(world / 'root/reports/prepare_annotation_train.csv\n'))
     assert [
         row[2].split(':')[1] for row in read_report(world / 'root', 'prepare_annotation_train')
     ] == [' line 2', ' line 3', ' line 4']
