@@ -304,13 +304,15 @@ def parse_annotation(line: str) -> Annotation | None:
         return None
     try:
         timestamp = int(float(columns[0]))
+        if not 0 <= timestamp < 10**6:
+            return None
         if not any(columns[1:]):
-            return Annotation(video_id, timestamp, (), 0) if 0 <= timestamp < 10**6 else None
+            return Annotation(video_id, timestamp, (), 0)
         x1, y1, x2, y2 = box = tuple(map(float, columns[1:5]))
         action = int(columns[5])
     except (ValueError, OverflowError):  # OverflowError: an infinite timestamp
         return None
-    if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 and action > 0 and 0 <= timestamp < 10**6:
+    if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 and action > 0:
         return Annotation(video_id, timestamp, box, action)
     return None
 

@@ -331,6 +331,7 @@ ANNOTATIONS = {  # name -> (line, whether it is one); None: it is no line at all
     'byte order mark': ('\ufeff' + LINE, True),
     'carriage return': (LINE + '\r', True),
     'no people': ('aaaaaaaaaaa,6', True),
+    'no people at the start': ('aaaaaaaaaaa,0', True),
     'no people, with commas': ('aaaaaaaaaaa,6,,,,,', True),
     'no people, not available': ('aaaaaaaaaaa,6,NA,NA,NA,NA,NA', False),
     'no line': ('', None),
