@@ -74,7 +74,7 @@ MAX_LEAD_S = 0.2
 MAX_EXTRA_S = 1
 # x264's options, against its defaults (medium, crf 23):
 #             CPU time   SSIM     size      decoding in Step 4 and in training
-#   SMALL     a third    higher   1.8 x     a quarter faster, by coder=vlc, which adds 9 % of size
+#   SMALL     a third    higher   1.8 x     a quarter faster: coder=vlc, for 9 % more size
 #   LARGE     a third    higher   1.8 x     as before: with coder=vlc the size would exceed 1.8 x
 ENCODER = {'preset': 'superfast', 'bf': '1', 'b_strategy': '0', 'weightp': '0'}
 SMALL = {'crf': '21.4', 'coder': 'vlc'}
@@ -473,9 +473,8 @@ def decode(file: BinaryIO, start: float, expected: int) -> Iterator[TimedFrame]:
                 if origin is None:
                     begin = (video.start_time or 0) / av.time_base
                     origin = begin if frame.time - begin > MAX_LEAD_S else frame.time
-                if (
-                    frame.time - origin < now
-                ):  # as for H.264 with B-frames in AVI, which has no times
+                # H.264 with B-frames in AVI has no times of its own
+                if frame.time - origin < now:
                     error = error or f'the times of its frames run backwards, at {now:.1f} s'
                 now = frame.time - origin
                 pending.append((now, frame))
@@ -601,9 +600,9 @@ def cut_clip(job: Job, options: Options) -> Outcome:
     av.logging.set_skip_repeated(False)
     source, clip, content = job
     target = options.videos / f'{clip.name}.mp4'
-    path = find_file(source, options) if content is None else None
-    if content is None and is_current(target, path):
+    if content is None and is_cut(job, options):
         return Outcome('existing')
+    path = find_file(source, options) if content is None else None
     if content is None and not path:
         return Outcome('failed', f'file missing: {source.path}')
     if content == b'':
@@ -823,9 +822,8 @@ def connect(address: str) -> tuple[Executor, tuple[type[Exception], ...]]:
         from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    dask.config.set(
-        {'distributed.admin.large-graph-warning-threshold': '1 GB'}
-    )  # a video exceeds the default
+    # a video exceeds the default
+    dask.config.set({'distributed.admin.large-graph-warning-threshold': '1 GB'})
     logging.disable()  # Dask would log tracebacks of errors that are reported in one line
     try:
         client = Client(address, timeout=10)

@@ -244,9 +244,8 @@ def connect(address: str) -> tuple[Executor, tuple[type[Exception], ...]]:
         from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    dask.config.set(
-        {'distributed.admin.large-graph-warning-threshold': '1 GB'}
-    )  # a video exceeds the default
+    # a video exceeds the default
+    dask.config.set({'distributed.admin.large-graph-warning-threshold': '1 GB'})
     logging.disable()  # Dask would log tracebacks of errors that are reported in one line
     try:
         client = Client(address, timeout=10)

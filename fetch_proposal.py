@@ -93,6 +93,7 @@ MAX_QUEUED = 500  # items that a cluster is given at once
 GIVEN_UP = 'given up: the workers of the cluster that had it were killed'
 
 Boxes = set[tuple[float, ...]]  # of x1, y1, x2, y2, relative to the frame
+NOTHING = np.empty((0, 5))  # what is found on a frame without people
 
 
 class DetectorError(Exception):
@@ -650,7 +651,7 @@ def detect(frames: list[Frame], options: Options) -> list[Detections]:
     batches = defaultdict(list)
     for frame, data, error in load_frames(frames, options.root, detector.pipeline):
         if error:
-            detections.append(Detections(frame.keyframe.key, np.empty((0, 5)), error))
+            detections.append(Detections(frame.keyframe.key, NOTHING, error))
             continue
         padded = tuple(-(-side // divisor) for side in data['inputs'].shape[1:])
         batches[padded].append((frame, data))
@@ -678,9 +679,8 @@ def connect(address: str) -> tuple[Executor, tuple[type[Exception], ...]]:
         from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    dask.config.set(
-        {'distributed.admin.large-graph-warning-threshold': '1 GB'}
-    )  # a video exceeds the default
+    # a video exceeds the default
+    dask.config.set({'distributed.admin.large-graph-warning-threshold': '1 GB'})
     logging.disable()  # Dask would log tracebacks of errors that are reported in one line
     try:
         client = Client(address, timeout=10)
@@ -819,7 +819,7 @@ def report_recall(path: Path, keyframes: dict[Keyframe, Boxes], proposals: dict)
     """
     rows = []
     for keyframe, boxes in keyframes.items():
-        found = proposals.get(keyframe.key, np.empty((0, 5)))
+        found = proposals.get(keyframe.key, NOTHING)
         counts = (len(boxes), len(found), *count_matched(boxes, found))
         rows.append((keyframe.clip.name, keyframe.timestamp, *counts))
     rows.sort(key=lambda row: (row[-1], row))
@@ -882,9 +882,8 @@ def detect_all(
     results = run_all(detect, chunks, options, num_gpus or 1, args.dask_scheduler)
     with contextlib.closing(results):
         for chunk, detections in results:
-            nothing = np.empty((0, 5))
             yield detections or [
-                Detections(frame.keyframe.key, nothing, GIVEN_UP) for frame in chunk
+                Detections(frame.keyframe.key, NOTHING, GIVEN_UP) for frame in chunk
             ]
 
 

@@ -138,10 +138,10 @@ def read_record(path: Path) -> dict:
         return {}
 
 
-def check_datalist(kinetics: Files, record: dict) -> None:
-    """Exit if Step 6 recorded that it made the pickle from another list."""
-    is_recorded = record.get('proposals_sha256') == digest_of(kinetics.proposals.read_bytes())
-    if is_recorded and record['datalist_sha256'] != digest_of(kinetics.rows.read_bytes()):
+def check_datalist(kinetics: Files, digest: str, record: dict) -> None:
+    """Exit if Step 6 recorded that it made the pickle, of this digest, from another list."""
+    is_recorded = record.get('proposals_sha256') == digest
+    if is_recorded and record.get('datalist_sha256') != digest_of(kinetics.rows.read_bytes()):
         reason = f'was made from another list than {kinetics.rows}; run Step 6 again with this list'
         sys.exit(f'error: {kinetics.proposals} {reason}')
 
@@ -191,7 +191,8 @@ def merge(kinetics: Files, ava: Files, merged: Files, reports: Path, split: str,
     """Merge both parts, write the merged files and print the summary."""
     # find AVA's own files, whose place the merged ones may have taken
     lock_folder(merged.rows.parent)
-    check_datalist(kinetics, read_record(reports / f'fetch_proposal_{split}.json'))
+    digest = digest_of(kinetics.proposals.read_bytes())
+    check_datalist(kinetics, digest, read_record(reports / f'fetch_proposal_{split}.json'))
     record_path = reports / f'merge_annotations_{split}.json'
     own = find_ava(ava, read_record(record_path), hint)
 
@@ -213,7 +214,7 @@ def merge(kinetics: Files, ava: Files, merged: Files, reports: Path, split: str,
     # write the merged files; their record first, or a rerun might take them for AVA's own
     record = {
         'proposals_sha256': digest_of(content.getvalue()),
-        'kinetics_proposals_sha256': digest_of(kinetics.proposals.read_bytes()),
+        'kinetics_proposals_sha256': digest,
     }
     write_if_changed(record_path, json.dumps(record).encode())
     write_if_changed(merged.rows, ''.join(f'{row}\n' for row in rows + ava_rows).encode())

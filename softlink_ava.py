@@ -109,7 +109,7 @@ table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1re
 td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
 td { font-variant-numeric: tabular-nums; min-width: 3.5rem } tr { border-bottom: 1px solid #8886 }
 </style></head><body>
-<h1>AVA-Kinetics: $verdict</h1><p>$checked</p><ul>$problems</ul>$made$parts</body></html>
+<h1>AVA-Kinetics: $verdict</h1><p>$checked</p><ul>$problems</ul>$settings$parts</body></html>
 """)
 
 
@@ -294,9 +294,8 @@ def clips_of(table: pd.DataFrame) -> list[Clip]:
     return [clip for clip in map(parse_clip, table['clip'].unique()) if clip]
 
 
-def reads_frames(clips: list[Clip], root: Path) -> bool:
+def reads_frames(clips: list[Clip], folders: set[str]) -> bool:
     """Return whether training reads the clips of a list as frames: all, if one has a folder."""
-    folders = set(os.listdir(root / 'rawframes'))
     return any(clip.name in folders for clip in clips)
 
 
@@ -304,11 +303,12 @@ def check_all_frames(tables: list[pd.DataFrame], root: Path) -> dict[str, Proble
     """Check the frames of all clips and movies in lists; return problems by clip or movie."""
     timestamps: dict[str, set[int]] = defaultdict(set)
     as_frames: set[str] = set()
+    folders = set(os.listdir(root / 'rawframes'))
     for table in tables:
         for name, found in table.groupby('clip').second.agg(set).items():
             timestamps[name] |= found
         clips = clips_of(table)
-        if reads_frames(clips, root):
+        if reads_frames(clips, folders):
             as_frames |= {clip.name for clip in clips}
 
     def check(name: str) -> tuple[str, Problem | None]:
@@ -736,7 +736,8 @@ def check(root: Path) -> None:
     write_csv(report, [Problem._fields, *problems])
     lines = summarize(problems)
     verdict = 'NOT ready for training' if lines else 'ready for training'
-    if not lines and not reads_frames(clips_of(lists[0].table), root):
+    folders = set(os.listdir(root / 'rawframes'))
+    if not lines and not reads_frames(clips_of(lists[0].table), folders):
         verdict += ' from the videos of Kinetics, see docs/small-disk.md'
         warnings.append(
             "MMAction2's own configs read raw frames: for them, run Step 4, then Steps 5 to 7 "
@@ -758,7 +759,7 @@ def write_page(lists: list[Loaded], verdict: str, lines: list[str], root: Path) 
             verdict=verdict,
             checked=html.escape(str(root)),
             problems=''.join(f'<li>{html.escape(line)}</li>' for line in lines),
-            made=settings_html(root / 'reports'),
+            settings=settings_html(root / 'reports'),
             parts=''.join(
                 part_html(loaded, root)
                 for loaded in lists

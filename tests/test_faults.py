@@ -203,7 +203,7 @@ FREE_KB = {'cut': 150, 'cut archives': 154, 'extract': 1500, 'fetch': 4, 'prepar
 
 @pytest.mark.parametrize('step', STEPS)
 def test_full_disk(job, step, tmp_path):
-    """It is reported, and the same command goes on once there is space."""
+    """It is reported, and the same command continues once there is space."""
     first, second = run_mounted(job, step, tmp_path, FREE_KB.get(step, 0))
     assert [first[0], len(stderr_lines(first[1]))] == [1, 1] and 'No space left on device' in first[
         1
