@@ -19,7 +19,7 @@ test: .venv/ready-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy *_*.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist worksteal --durations=10 tests
 
 .venv/ready: requirements.txt
 	@$(PYTHON) $(NEW_ENOUGH) || \

@@ -27,7 +27,8 @@ STEPS = {
     'extract': ['extract_rgb_frames.py', '--num_workers=2'],
     'prepare': ['prepare_annotation.py', '--avakinetics_anotation={job}'],
     'prepare from videos': ['prepare_annotation.py', '--avakinetics_anotation={job}'],
-    'fetch': ['fetch_proposal.py', '--batch_size=1', *TINY],  # others round otherwise
+    # one frame at a time, since larger batches round otherwise
+    'fetch': ['fetch_proposal.py', '--batch_size=1', '--neighbors=0', *TINY],
     'merge': ['merge_annotations.py'],
     'link': ['softlink_ava.py', '--ava_root={job}/ava'],
 }
@@ -80,7 +81,7 @@ def make_job(folder: Path) -> None:
             subprocess.run([sys.executable, *command], check=True, capture_output=True)
         else:
             here(*command)
-            assert len(load(job.after(step) / 'kinetics_proposal.pkl')) == 3 * (VIDEOS + 1)
+            assert len(load(job.after(step) / 'kinetics_proposal.pkl')) == VIDEOS + 1
         # the step whose result the next one starts from
         last = {'cut archives': 'cut', 'prepare from videos': 'prepare'}.get(step, step)
 
