@@ -24,7 +24,7 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterable, NamedTuple
 
 import numpy as np
 
@@ -32,8 +32,6 @@ MMACTION2 = Path(os.environ.get('MMACTION2', '../../..'))
 MOVIE = r'[A-Za-z0-9_-]{11}'
 CLIP = r'[A-Za-z0-9_-]{1,64}_[0-9]{6}_[0-9]{6}'
 ROW_REST = r',\d+(,[-+.\de]+){4},\d+,-?\d+'  # timestamp, box, action, entity
-# Version 1.0 of this script ended merged pickles with this line in place of a record
-OLD_TRAILER = re.compile(rb'\nmerged with [0-9a-f]{64}\n\Z')
 # What a pickle of arrays names: types, and the functions that rebuild an array
 ARRAY_PARTS = {
     'ndarray': np.ndarray,
@@ -150,15 +148,14 @@ def backup_path(path: Path) -> Path:
     return path.with_suffix(f'.ava_only{path.suffix}')
 
 
-def find_ava(ava: Files, record: dict, copy_hint: str) -> Files:
+def find_ava(ava: Files, kinetics_keys: Iterable[str], copy_hint: str) -> Files:
     """Return AVA's own files: each of these or, if it holds Kinetics already, its backup."""
-    rows_merged = bool(re.search(f'^{CLIP},'.encode(), ava.rows.read_bytes(), re.M))
-    content = ava.proposals.read_bytes()
-    proposals_merged = (
-        rows_merged  # after both backups were written, even if the run was killed then
-        or digest_of(content) == record.get('proposals_sha256')
-        or bool(OLD_TRAILER.search(content[-100:]))
-    )
+    names = set(re.findall('^[^,\n]+', ava.rows.read_text(errors='replace'), re.M))
+    rows_merged = any(re.fullmatch(CLIP, name) for name in names)
+    proposals_merged = rows_merged  # then both have backups, even if the run was killed
+    if not rows_merged:  # perhaps AVA's rows were copied again
+        keys = {key for key in kinetics_keys if key.split(',')[0] not in names}
+        proposals_merged = not keys.isdisjoint(read_proposals(ava.proposals))
     own = []
     for path, merged in zip(ava, (rows_merged, proposals_merged)):
         if merged and not backup_path(path).is_file():
@@ -189,17 +186,16 @@ def lock_folder(path: Path) -> None:
 
 def merge(kinetics: Files, ava: Files, merged: Files, reports: Path, split: str, hint: str) -> None:
     """Merge both parts, write the merged files and print the summary."""
-    # find AVA's own files, whose place the merged ones may have taken
+    # read the part of Kinetics
     lock_folder(merged.rows.parent)
     digest = digest_of(kinetics.proposals.read_bytes())
     check_datalist(kinetics, digest, read_record(reports / f'fetch_proposal_{split}.json'))
-    record_path = reports / f'merge_annotations_{split}.json'
-    own = find_ava(ava, read_record(record_path), hint)
-
-    # merge
     rows = read_rows(kinetics.rows, CLIP)
-    ava_rows = read_rows(own.rows, MOVIE)
     kinetics_proposals = read_proposals(kinetics.proposals)
+
+    # merge it with AVA's own files, whose place merged ones may have taken
+    own = find_ava(ava, kinetics_proposals, hint)
+    ava_rows = read_rows(own.rows, MOVIE)
     ava_proposals = read_proposals(own.proposals)
     proposals = kinetics_proposals | ava_proposals  # AVA's take precedence
     in_both = len(kinetics_proposals) + len(ava_proposals) - len(proposals)
@@ -211,14 +207,14 @@ def merge(kinetics: Files, ava: Files, merged: Files, reports: Path, split: str,
         if path in merged:
             write_if_changed(backup_path(path), path.read_bytes())
 
-    # write the merged files; their record first, or a rerun might take them for AVA's own
+    # write the merged files, and the record by which Step 7b recognizes them
+    write_if_changed(merged.rows, ''.join(f'{row}\n' for row in rows + ava_rows).encode())
+    write_if_changed(merged.proposals, content.getvalue())
     record = {
         'proposals_sha256': digest_of(content.getvalue()),
         'kinetics_proposals_sha256': digest,
     }
-    write_if_changed(record_path, json.dumps(record).encode())
-    write_if_changed(merged.rows, ''.join(f'{row}\n' for row in rows + ava_rows).encode())
-    write_if_changed(merged.proposals, content.getvalue())
+    write_if_changed(reports / f'merge_annotations_{split}.json', json.dumps(record).encode())
     print(
         f'rows in {merged.rows}: {len(rows) + len(ava_rows):,}, {len(rows):,} of Kinetics, '
         f'{len(ava_rows):,} of AVA'

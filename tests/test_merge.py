@@ -117,6 +117,20 @@ def test_ava_copied_again_is_taken_anew(root):
     assert load(root / PICKLE).keys() == {'-5KQ66BBWC4,0903', *KINETICS}
 
 
+def test_avas_rows_copied_again_where_the_record_is_gone(root):
+    """What the pickle holds tells that it is merged; else its boxes of Kinetics would stay."""
+    merge(root)
+    (root / CSV).write_text(AVA_ROWS.rstrip('\n'))
+    (root / 'reports/merge_annotations_train.json').unlink()
+    (root / 'kinetics_proposal.pkl').write_bytes(
+        pickle.dumps({'aaaaaaaaaaa,0105': np.ones((1, 5))})
+    )
+    merge(root)
+    assert load(root / PICKLE).keys() == {*AVA, 'aaaaaaaaaaa,0105'}
+    assert (load(root / PICKLE)['aaaaaaaaaaa,0105'] == 1).all()
+    assert load(root / PICKLE.replace('.pkl', '.ava_only.pkl')).keys() == AVA.keys()
+
+
 def test_a_merge_killed_between_its_files(root):
     """The next one completes it."""
     before = {name: (root / name).read_bytes() for name in (CSV, PICKLE)}
