@@ -32,10 +32,13 @@ def draw_movie(folder, seconds: range) -> None:
         (folder / f'img_{index:05d}.jpg').write_bytes(b'frame')
 
 
-@pytest.fixture
-def worlds(tmp_path):
-    """A merged ROOT with one Kinetics clip, and AVA with two movies, some seconds of each."""
-    root, ava = tmp_path / 'root', tmp_path / 'ava'
+@pytest.fixture(scope='module')
+def merged(tmp_path_factory):
+    """A folder with a merged ROOT of one Kinetics clip, and with AVA: two movies, some seconds of
+    each.
+    """
+    folder = tmp_path_factory.mktemp('merged')
+    root = folder / 'root'
     (root / 'annotations').mkdir(parents=True)
     sample_world.draw_other_annotations(root / 'annotations', f'{MOVIES[0]},1000')
     (root / LIST).write_text(''.join(f'{movie},1000,0.1,0.2,0.3,0.4,12,0\n' for movie in MOVIES))
@@ -45,8 +48,15 @@ def worlds(tmp_path):
     run('merge_annotations.py', f'--avakinetics_root={root}')
     fake_frames(root / 'rawframes', CLIP)
     for movie in MOVIES:
-        draw_movie(ava / 'rawframes' / movie, range(998, 1002))
-    return root, ava
+        draw_movie(folder / 'ava/rawframes' / movie, range(998, 1002))
+    return folder
+
+
+@pytest.fixture
+def worlds(merged, tmp_path):
+    """A copy of both folders."""
+    shutil.copytree(merged, tmp_path, dirs_exist_ok=True)
+    return tmp_path / 'root', tmp_path / 'ava'
 
 
 def link(root, ava, **kwargs):

@@ -4,6 +4,7 @@ import http.server
 import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -139,18 +140,12 @@ def test_a_working_directory_that_is_gone(job, step, tmp_path):
 
 
 @pytest.mark.parametrize('step', ['cut', 'extract', 'fetch', 'prepare', 'merge', 'link'])
-def test_python_that_does_not_look_beside_the_script(job, step, tmp_path):
+def test_a_safe_path_and_a_closed_stderr_stop_nothing(job, step, tmp_path):
+    """With PYTHONSAFEPATH, as with -P, Python does not look for modules beside the script."""
     root = shutil.copytree(job.before(step), tmp_path / 'root', symlinks=True)
     environment = os.environ | dict(PYTHONSAFEPATH='1')
-    run(*job.command(step, root)[1:], env=environment)
-    assert_undisturbed(job, step, root)
-
-
-@pytest.mark.parametrize('step', ['cut', 'extract', 'fetch', 'prepare', 'merge', 'link'])
-def test_a_closed_stderr_stops_nothing(job, step, tmp_path):
-    root = shutil.copytree(job.before(step), tmp_path / 'root', symlinks=True)
-    command = ' '.join(f"'{argument}'" for argument in job.command(step, root))
-    subprocess.run(f'{command} 2>&-', shell=True, check=True, stdout=subprocess.PIPE)
+    command = f'{shlex.join(job.command(step, root))} 2>&-'
+    subprocess.run(command, shell=True, check=True, env=environment, stdout=subprocess.PIPE)
     assert_undisturbed(job, step, root)
 
 
