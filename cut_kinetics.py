@@ -75,7 +75,7 @@ MAX_EXTRA_S = 1
 # x264's options, against its defaults (medium, crf 23):
 #             CPU time   SSIM     size      decoding in Step 4 and in training
 #   SMALL     a third    higher   1.8 x     a quarter faster: coder=vlc, for 9 % more size
-#   LARGE     a third    higher   1.8 x     as before: with coder=vlc the size would exceed 1.8 x
+#   LARGE     a third    higher   1.8 x     as fast: with coder=vlc the size would exceed 1.8 x
 ENCODER = {'preset': 'superfast', 'bf': '1', 'b_strategy': '0', 'weightp': '0'}
 SMALL = {'crf': '21.4', 'coder': 'vlc'}
 LARGE = {'crf': '21.6'}
@@ -411,15 +411,16 @@ def measure_duration(
 
 
 def find_stream(video: av.container.InputContainer, expected: int) -> av.VideoStream:
-    """Return the video stream of a source, which should last as long as its name says.
+    """Return the video stream of a source, ready to be decoded.
 
-    Raises SourceError if there is none, or if it lasts more than MAX_EXTRA_S longer.
+    Raises SourceError if there is none, or if it lasts more than MAX_EXTRA_S longer than the
+    `expected` seconds of the source's name.
     """
     stream = video.streams.best('video')  # not cover art
     if not isinstance(stream, av.VideoStream) or not stream.codec_context:
         raise SourceError('unreadable video: it holds no frames that can be decoded')
     stream.thread_type = 'NONE'  # one thread per process is faster
-    stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}
+    stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}  # av.open's end with its probe
     duration = measure_duration(video, stream, expected + MAX_EXTRA_S)
     if duration > expected + MAX_EXTRA_S:
         reason = f'its name says {expected} s, its video lasts {duration:.1f} s'
@@ -459,7 +460,7 @@ def decode(file: BinaryIO, start: float, expected: int) -> Iterator[TimedFrame]:
     pending: deque[tuple[float, av.VideoFrame]] = deque()
     options = {'format_whitelist': CONTAINERS, 'max_pixels': str(MAX_PIXELS)}
     with av.logging.Capture() as log, av.open(file, 'r', options=options) as video:
-        log.clear()
+        log.clear()  # messages about the header spoil no frame
         stream = find_stream(video, expected)
         for packet, frames, message in decode_packets(video, stream, log):
             if origin is not None and packet.is_keyframe and packet.pts is not None:
@@ -477,10 +478,11 @@ def decode(file: BinaryIO, start: float, expected: int) -> Iterator[TimedFrame]:
                 if frame.time - origin < now:
                     error = error or f'the times of its frames run backwards, at {now:.1f} s'
                 now = frame.time - origin
-                pending.append((now, frame))
+                pending.append((now, frame))  # where an error that is reported late still marks it
                 if len(pending) > MAX_DELAY:
                     yield TimedFrame(*pending.popleft(), error)
         yield from (TimedFrame(*timed, error) for timed in pending)
+    # reached only if the clip needs the end of the source
     if origin is None:
         raise SourceError(f'unreadable video: {error or "it holds no frames"}')
     if error:
@@ -521,10 +523,10 @@ def turn_upright(frame: av.VideoFrame) -> av.VideoFrame:
         return frame
     # x' = ax + cy, y' = bx + dy; PyAV's stubs do not say that side data is a buffer
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # type: ignore[call-overload]
-    if not (a or c) or not (b or d):
+    if not (a or c) or not (b or d):  # x' or y' would be constant
         return frame
     image: np.ndarray = frame.to_ndarray(format='rgb24')
-    if abs(c) > abs(a):
+    if abs(c) > abs(a):  # a quarter turn: x' follows y, with the sign of c, and y' follows x
         image, a, d = image.swapaxes(0, 1), c, b
     image = image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(image), 'rgb24')
@@ -597,10 +599,10 @@ def is_cut(job: Job, options: Options) -> bool:
 def cut_clip(job: Job, options: Options) -> Outcome:
     """Cut a clip out of its source, a file or the content of an archive's member."""
     av.logging.set_level(av.logging.ERROR)
-    av.logging.set_skip_repeated(False)
+    av.logging.set_skip_repeated(False)  # a repeated message, too, may tell of damage
     source, clip, content = job
     target = options.videos / f'{clip.name}.mp4'
-    if content is None and is_cut(job, options):
+    if is_cut(job, options):
         return Outcome('existing')
     path = find_file(source, options) if content is None else None
     if content is None and not path:
@@ -728,6 +730,7 @@ class ArchiveReader:
     """Reads the clips to cut out of archives, and keeps the log; `errors` says what failed.
 
     An archive that was read to its end is not read again while each of its clips exists or failed.
+    `log` stays as earlier runs left it; a failure in it counts while its clip does not exist.
     """
 
     def __init__(self, archives: list[str], log_path: Path, videos: Path):
@@ -822,7 +825,7 @@ def connect(address: str) -> tuple[Executor, tuple[type[Exception], ...]]:
         from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    # a video exceeds the default
+    # an item of Step 3 may hold a video, which exceeds the default
     dask.config.set({'distributed.admin.large-graph-warning-threshold': '1 GB'})
     logging.disable()  # Dask would log tracebacks of errors that are reported in one line
     try:
@@ -874,7 +877,7 @@ def run_all(
     except CancelledError:
         sys.exit('error: the Dask scheduler went away; run the same command again')
     finally:
-        if running:  # interrupted: do not wait for workers
+        if running:  # left early: kill local workers, or shutdown would wait for them
             for child in active_children():
                 child.kill()
         executor.shutdown(wait=not (scheduler and running))  # Dask cancels what is running
@@ -934,20 +937,23 @@ def find_covering_clips(names: Iterable[str], keyframes: Keyframes) -> dict[Clip
     }
 
 
+def index_by_keyframe(clips: dict[Clip, list[int]]) -> dict[tuple[str, int], str]:
+    """Return the name of a clip for each keyframe (video id, timestamp) that clips cover."""
+    return {(clip.video_id, found): clip.name for clip in clips for found in clips[clip]}
+
+
 def list_failures(
-    keyframes: Keyframes, existing: dict[Clip, list[int]], outcomes: dict[str, Outcome]
+    keyframes: Keyframes, clips: dict[Clip, list[int]], outcomes: dict[str, Outcome]
 ) -> list[tuple]:
     """Return a report row for each keyframe without a clip, or whose clip could not be replaced.
 
-    `existing` has the clips with their keyframes, `outcomes` what became of each clip.
+    `clips` has all clips with their keyframes, `outcomes` what became of new and failed ones.
     """
-    planned, covered = (
-        {(clip.video_id, found): clip.name for clip in clips for found in clips[clip]}
-        for clips in (find_covering_clips(outcomes, keyframes), existing)
-    )
+    covered = index_by_keyframe(clips)
+    attempted = index_by_keyframe(find_covering_clips(outcomes, keyframes))
     rows = []
     for keyframe in ((video_id, found) for video_id in keyframes for found in keyframes[video_id]):
-        clip = covered.get(keyframe) or planned.get(keyframe)
+        clip = covered.get(keyframe) or attempted.get(keyframe)
         reason = outcomes[clip].reason if clip in outcomes else ''
         if keyframe not in covered:
             rows.append((*keyframe, reason or 'no video that could be read holds this second'))
@@ -971,18 +977,18 @@ def cut_jobs(
 
 
 def print_summary(
-    existing: dict[Clip, list[int]],
+    clips: dict[Clip, list[int]],
     outcomes: dict[str, Outcome],
     rows: list[tuple],
     keyframes: Keyframes,
     videos: Path,
 ) -> None:
     """Print how many clips are new, how many keyframes they cover, and why others are missing."""
-    new = sum(outcomes.get(clip.name) == Outcome('new') for clip in existing)
-    covered = {(clip.video_id, found) for clip in existing for found in existing[clip]}
+    new = sum(outcomes.get(clip.name) == Outcome('new') for clip in clips)
+    covered = len(index_by_keyframe(clips))
     print(
-        f'clips in {videos}: {new:,} new, {len(existing) - new:,} existing; they cover '
-        f'{len(covered):,} of {sum(map(len, keyframes.values())):,} annotated keyframes'
+        f'clips in {videos}: {new:,} new, {len(clips) - new:,} existing; they cover '
+        f'{covered:,} of {sum(map(len, keyframes.values())):,} annotated keyframes'
     )
     for reason, number in Counter(row[2].split(':')[0] for row in rows).items():
         print(f'  {reason}: {number:,}')
@@ -1012,25 +1018,25 @@ def cut_all(args: argparse.Namespace) -> None:
         with tqdm(desc='cut', total=len(jobs) or None, unit='clip', leave=False) as bar:
             planned = jobs or reader.read(plan, keyframes, bar)
             for job, outcome in cut_jobs(planned, options, args, bar):
-                # several sources may have the same clip: once one succeeded, others may fail
+                # several sources may have the same clip: once one gave it, others may fail
                 if outcome.status != 'existing' and outcomes.get(job.clip.name) != Outcome('new'):
                     outcomes[job.clip.name] = outcome
                 reader.record(job, outcome)
 
     # report the keyframes without a clip
     names = (name[:-4] for name in os.listdir(options.videos) if name.endswith('.mp4'))
-    existing = find_covering_clips(names, keyframes)
-    rows = list_failures(keyframes, existing, outcomes) + problems
+    clips = find_covering_clips(names, keyframes)
+    rows = list_failures(keyframes, clips, outcomes) + problems
     rows += [('', '', f'unreadable archive: {error}') for error in reader.errors]
     report = reports / f'cut_kinetics_{args.split}.csv'
     write_csv(report, [('video_id', 'timestamp', 'reason'), *rows])
-    print_summary(existing, outcomes, rows, keyframes, options.videos)
+    print_summary(clips, outcomes, rows, keyframes, options.videos)
     if rows:
         print(f'  report: {report}')
     if reader.errors:
         count = f'{len(reader.errors)} of {len(args.kinetics_archives)}, first {reader.errors[0]}'
         sys.exit(f'error: archives that cannot be read to the end: {count}')
-    if not existing:
+    if not clips:
         sys.exit('error: no clip could be cut; the report says why')
 
 
@@ -1049,6 +1055,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-if __name__ == '__main__':  # under its own name, so that workers find its functions
+if __name__ == '__main__':  # run as a module: workers of a cluster cannot import __main__
     sys.path.insert(0, os.path.dirname(__file__))  # python -P leaves it out
     importlib.import_module(Path(__file__).stem).main()

@@ -157,9 +157,10 @@ def full_range_tables() -> list[np.ndarray]:
 def encode_jpeg(frame: av.VideoFrame) -> bytes:
     """Encode a frame as JPEG.
 
-    Frames of Step 3 only need their levels stretched, which is faster by a table than by reformat.
+    Step 3 encodes BT.601 in the range of video: a table stretches its levels, which is faster than
+    reformat. Frames of other clips are reformatted, which marks them as full range.
     """
-    if frame.format.name != 'yuv420p' or frame.colorspace == BT709:  # not as Step 3 encodes
+    if frame.format.name != 'yuv420p' or frame.colorspace == BT709:
         frame = frame.reformat(format='yuvj420p', dst_colorspace='ITU601', dst_color_range='JPEG')
     planes = []
     for plane, table in zip(frame.planes, full_range_tables()):
@@ -244,7 +245,7 @@ def connect(address: str) -> tuple[Executor, tuple[type[Exception], ...]]:
         from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    # a video exceeds the default
+    # an item of Step 3 may hold a video, which exceeds the default
     dask.config.set({'distributed.admin.large-graph-warning-threshold': '1 GB'})
     logging.disable()  # Dask would log tracebacks of errors that are reported in one line
     try:
@@ -296,7 +297,7 @@ def run_all(
     except CancelledError:
         sys.exit('error: the Dask scheduler went away; run the same command again')
     finally:
-        if running:  # interrupted: do not wait for workers
+        if running:  # left early: kill local workers, or shutdown would wait for them
             for child in active_children():
                 child.kill()
         executor.shutdown(wait=not (scheduler and running))  # Dask cancels what is running
@@ -330,7 +331,7 @@ def extract_all(args: argparse.Namespace) -> None:
     if not clips:
         sys.exit(f'error: {options.videos} holds no clip; run Step 3 (cut_kinetics.py) first')
 
-    # extract those that are not complete; run_all starts when the bar asks for its first result
+    # extract those that are not complete; run_all starts with the loop, in the workspace
     results = run_all(extract_clip, clips, options, args.num_workers, args.dask_scheduler)
     with (
         workspace(options.scratch),
@@ -376,6 +377,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-if __name__ == '__main__':  # under its own name, so that workers find its functions
+if __name__ == '__main__':  # run as a module: workers of a cluster cannot import __main__
     sys.path.insert(0, os.path.dirname(__file__))  # python -P leaves it out
     importlib.import_module(Path(__file__).stem).main()

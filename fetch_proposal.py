@@ -79,10 +79,10 @@ CLEAR_SCORE, MAX_BOX_SHIFT, MAX_SCORE_SHIFT = 0.6, 0.05, 0.1
 # MMAction2's person_det_score_thr: it keeps proposals that score at least this, or else the best
 KEPT_SCORE = 0.9
 LOOSE_IOU, STRICT_IOU = 0.5, 0.75  # above which a proposal matches an annotated box
-# columns of the report on recall: boxes matched by all proposals, then by those that are kept
-RECALL = ['clip', 'second', 'boxes', 'proposals']
+# Columns of the report on recall; those of MATCHED count boxes matched by all proposals, then by
+# those that are kept
 MATCHED = ['matched_0.5', 'matched_0.75', 'kept_0.5', 'kept_0.75']
-RECALL += [*MATCHED, 'worst_iou']
+RECALL = ['clip', 'second', 'boxes', 'proposals', *MATCHED, 'worst_iou']
 LOW_RECALL, MANY_EMPTY = 0.8, 0.2  # where Step 6 warns; AVA's own recall is 93.9 %
 CLIP_NAME = re.compile(r'([A-Za-z0-9_-]{1,64})_([0-9]{6})_([0-9]{6})')
 NUMBER = r'(-?\d*\.?\d+)'
@@ -120,7 +120,7 @@ def parse_clip(name: str) -> Clip | None:
 
 
 class Keyframe(NamedTuple):
-    """A second of a clip."""
+    """A second of a clip: an annotated one, or a neighbor of one."""
 
     clip: Clip
     timestamp: int
@@ -150,7 +150,7 @@ class Frame(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """The people on a frame; `error` says why it could not be read."""
+    """The people on a frame; `error`, `<kind>: <detail>`, says why they could not be detected."""
 
     key: str
     boxes: np.ndarray  # float64 (n, 5) of x1, y1, x2, y2, relative to the frame, and score
@@ -163,7 +163,7 @@ class Options(NamedTuple):
     root: Path
     config: Path
     checkpoint: Path
-    num_gpus: int | None  # None: a worker of a cluster uses what it has
+    num_gpus: int | None  # None: a worker of a cluster uses its first GPU, if it has one
     score_thr: float
     amp: bool
     batch_size: int | None
@@ -324,8 +324,8 @@ def read_datalist(path: Path) -> dict[Keyframe, Boxes]:
 def find_frame(root: Path, keyframe: Keyframe) -> Frame:
     """Find the file with a keyframe: its raw frame or the clip, whichever is newer.
 
-    Raw frames do not count if the folder has more of them than the clip's name says. Times are
-    compared by whole seconds, as tar keeps them.
+    A folder with more frames than the clip's name says does not count: it may have another frame
+    rate. Times are compared by whole seconds, as tar keeps them; a raw frame wins a tie.
     """
     clip = keyframe.clip
     image = f'rawframes/{clip.name}/img_{keyframe.frame_index + 1:05d}.jpg'
@@ -350,7 +350,9 @@ def plan_frames(keyframes: Iterable[Keyframe], neighbors: int, root: Path) -> li
     If two clips cover a keyframe, it is read from the one that it is annotated in.
     """
     planned: dict[str, Keyframe] = {}
-    for distance in sorted(range(-neighbors, neighbors + 1), key=abs):
+    for distance in sorted(
+        range(-neighbors, neighbors + 1), key=abs
+    ):  # 0, the annotated ones, first
         for clip, timestamp in keyframes:
             neighbor = Keyframe(clip, timestamp + distance)
             if clip.start <= neighbor.timestamp < clip.end:
@@ -522,13 +524,15 @@ def load_weights(model: Module, checkpoint: Path) -> None:
 
 
 def choose_device(num_gpus: int | None) -> str:
-    """Return the device of this process: process number k takes GPU k modulo the number of GPUs."""
+    """Return the device of this process: local worker k takes GPU k modulo the number of GPUs."""
     import torch
 
     if num_gpus is None:
         num_gpus = min(1, torch.cuda.device_count())
-    number = re.search(r'SpawnProcess-(\d+)', current_process().name)
-    return f'cuda:{int(number[1]) % num_gpus if number else 0}' if num_gpus else 'cpu'
+    if not num_gpus:
+        return 'cpu'
+    worker = re.search(r'SpawnProcess-(\d+)', current_process().name)
+    return f'cuda:{int(worker[1]) % num_gpus}' if worker else 'cuda:0'
 
 
 def predict(model: Module, batch: list[dict], device: str, amp: bool) -> list:
@@ -572,7 +576,8 @@ def boxes_agree(first: np.ndarray, second: np.ndarray) -> bool:
 def start_detector(options: Options) -> Detector:
     """Start the detector on the device of this process.
 
-    Raises DetectorError if a GPU does not find the people that the CPU finds in float32.
+    Raises DetectorError if a GPU and the CPU, in float32, disagree on the first frames. Frames that
+    cannot be read say nothing.
     """
     model, pipeline = build_model(options.config)
     load_weights(model, options.checkpoint)
@@ -581,15 +586,15 @@ def start_detector(options: Options) -> Detector:
         return Detector(model, pipeline, device)
     loaded = load_frames(options.first_frames, options.root, pipeline)
     first = [data for _, data, error in loaded if not error]
-    boxes = []
+    found = []  # on the CPU, then on the GPU: the people on each frame
     try:
         for where, amp in ('cpu', False), (device, options.amp):
             model.to(where)
             results = [predict(model, [data], where, amp)[0] for data in first]
-            boxes.append([extract_people(result, 0) for result in results])
+            found.append([extract_people(result, 0) for result in results])
     except Exception as error:  # whatever an arbitrary model, or a broken device, raises
         raise DetectorError(f'the detector cannot run: {first_line(error)}') from None
-    if not all(map(boxes_agree, *boxes)):
+    if not all(map(boxes_agree, *found)):
         raise DetectorError(f'{device} and the CPU disagree on the first frames')
     return Detector(model, pipeline, device)
 
@@ -679,7 +684,7 @@ def connect(address: str) -> tuple[Executor, tuple[type[Exception], ...]]:
         from distributed import Client, KilledWorker
     except ImportError:
         sys.exit('error: --dask_scheduler needs Dask; pip install distributed')
-    # a video exceeds the default
+    # an item of Step 3 may hold a video, which exceeds the default
     dask.config.set({'distributed.admin.large-graph-warning-threshold': '1 GB'})
     logging.disable()  # Dask would log tracebacks of errors that are reported in one line
     try:
@@ -731,7 +736,7 @@ def run_all(
     except CancelledError:
         sys.exit('error: the Dask scheduler went away; run the same command again')
     finally:
-        if running:  # interrupted: do not wait for workers
+        if running:  # left early: kill local workers, or shutdown would wait for them
             for child in active_children():
                 child.kill()
         executor.shutdown(wait=not (scheduler and running))  # Dask cancels what is running
@@ -744,19 +749,19 @@ def read_cache(path: Path, detector_id: str, score_thr: float) -> dict[tuple, np
     each frame. A malformed line, and all after it up to the next detector's, is ignored.
     """
     cached = {}
-    is_same_detector = False
+    is_usable = False  # whether the lines to come are of this detector, with a score_thr as low
     with open(path, encoding='utf-8', errors='replace') as file:
         for line in file:
             try:
                 record = json.loads(line)
                 if 'detector' in record:
-                    same = record['detector'] == detector_id
-                    is_same_detector = same and record['score_thr'] <= score_thr
-                elif is_same_detector:
+                    is_same = record['detector'] == detector_id
+                    is_usable = is_same and record['score_thr'] <= score_thr
+                elif is_usable:
                     identity = record['key'], record['file'], record['size']
                     cached[identity] = np.array(record['people'], float).reshape(-1, 5)
             except (ValueError, TypeError, KeyError):
-                is_same_detector = False
+                is_usable = False
     return cached
 
 
@@ -767,7 +772,7 @@ class Pickler(pickle.Pickler):
     """
 
     def reducer_override(self, value):
-        if type(value) is np.ndarray:
+        if type(value) is np.ndarray:  # an empty array of this shape and type, then what fills it
             return np.ndarray, (value.shape, value.dtype.str), value.__reduce__()[2]
         return NotImplemented
 
@@ -822,7 +827,7 @@ def report_recall(path: Path, keyframes: dict[Keyframe, Boxes], proposals: dict)
         found = proposals.get(keyframe.key, NOTHING)
         counts = (len(boxes), len(found), *count_matched(boxes, found))
         rows.append((keyframe.clip.name, keyframe.timestamp, *counts))
-    rows.sort(key=lambda row: (row[-1], row))
+    rows.sort(key=lambda row: (float(row[-1]), row))  # by worst_iou
     write_csv(path, [tuple(RECALL), *rows])
     if not rows:
         return None
@@ -921,9 +926,9 @@ def detect_missing(
         start = json.dumps({'detector': detector_id, 'score_thr': args.score_thr})
         file.write(f'\n{start}\n')  # on a new line, after one that a kill cut off
         for chunk in detect_all(missing, args, checkpoint):
-            if not bar.n:  # the detector's start is no part of the estimated time
+            if not bar.n:  # start the clock again, since the detector's start is in the first chunk
                 bar.reset()
-                bar.initial = len(chunk)
+                bar.initial = len(chunk)  # which tqdm then leaves out of its rate
             bar.update(len(chunk))
             for key, boxes, error in chunk:
                 if error:
@@ -951,7 +956,7 @@ def write_proposals(path: Path, found: dict[str, np.ndarray], score_thr: float) 
 def write_record(
     warning: str | None, unreadable: list[Frame], datalist_digest: str, args: argparse.Namespace
 ) -> None:
-    """Record how the proposals were made, and which files cannot be read, for Step 7."""
+    """Record how the proposals were made, and which files cannot be read, for Steps 7a and 7b."""
     names = ('checkpoint', 'score_thr', 'neighbors', 'amp')
     record = {name: getattr(args, name) for name in names}
     record |= {name: version(name) for name in ('torch', 'mmdet')}
@@ -996,7 +1001,7 @@ def fetch(args: argparse.Namespace) -> None:
     print(f'proposals in {args.picklepath}: {count}')
     seen = {keyframe: boxes for keyframe, boxes in keyframes.items() if keyframe.key in found}
     warning = report_recall(reports / f'recall_{args.split}.csv', seen, proposals)
-    unreadable = [frames[key] for key in failed if failed[key].startswith('unreadable')]
+    unreadable = [frames[key] for key in failed if failed[key].startswith('unreadable frame:')]
     write_record(warning, unreadable, datalist_digest, args)
 
     # print the summary
@@ -1031,6 +1036,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-if __name__ == '__main__':  # under its own name, so that workers find its functions
+if __name__ == '__main__':  # run as a module: workers of a cluster cannot import __main__
     sys.path.insert(0, os.path.dirname(__file__))  # python -P leaves it out
     importlib.import_module(Path(__file__).stem).main()

@@ -36,7 +36,7 @@ ROW_REST = r',\d+(,[-+.\de]+){4},\d+,-?\d+'  # timestamp, box, action, entity
 ARRAY_PARTS = {
     'ndarray': np.ndarray,
     'dtype': np.dtype,
-    'encode': codecs.encode,
+    'encode': codecs.encode,  # makes bytes, in pickles of protocol 2
     '_reconstruct': np.empty(0).__reduce__()[0],
     '_frombuffer': np.empty(0).__reduce_ex__(5)[0],
 }
@@ -109,7 +109,7 @@ class Pickler(pickle.Pickler):
     """
 
     def reducer_override(self, value):
-        if type(value) is np.ndarray:
+        if type(value) is np.ndarray:  # an empty array of this shape and type, then what fills it
             return np.ndarray, (value.shape, value.dtype.str), value.__reduce__()[2]
         return NotImplemented
 
@@ -137,8 +137,8 @@ def read_record(path: Path) -> dict:
 
 
 def check_datalist(kinetics: Files, digest: str, record: dict) -> None:
-    """Exit if Step 6 recorded that it made the pickle, of this digest, from another list."""
-    is_recorded = record.get('proposals_sha256') == digest
+    """Exit if Step 6 recorded that it made the pickle, of this digest, from another csv."""
+    is_recorded = record.get('proposals_sha256') == digest  # else the record is about another one
     if is_recorded and record.get('datalist_sha256') != digest_of(kinetics.rows.read_bytes()):
         reason = f'was made from another list than {kinetics.rows}; run Step 6 again with this list'
         sys.exit(f'error: {kinetics.proposals} {reason}')
@@ -152,9 +152,9 @@ def find_ava(ava: Files, kinetics_keys: Iterable[str], copy_hint: str) -> Files:
     """Return AVA's own files: each of these or, if it holds Kinetics already, its backup."""
     names = set(re.findall('^[^,\n]+', ava.rows.read_text(errors='replace'), re.M))
     rows_merged = any(re.fullmatch(CLIP, name) for name in names)
-    proposals_merged = rows_merged  # then both have backups, even if the run was killed
-    if not rows_merged:  # perhaps AVA's rows were copied again
-        keys = {key for key in kinetics_keys if key.split(',')[0] not in names}
+    proposals_merged = rows_merged  # `merge` makes both backups before it writes
+    if not rows_merged:  # the first run, or AVA's rows were copied again
+        keys = {key for key in kinetics_keys if key.split(',')[0] not in names}  # not AVA's, too
         proposals_merged = not keys.isdisjoint(read_proposals(ava.proposals))
     own = []
     for path, merged in zip(ava, (rows_merged, proposals_merged)):
@@ -204,7 +204,7 @@ def merge(kinetics: Files, ava: Files, merged: Files, reports: Path, split: str,
 
     # back up AVA's own files if they are about to be replaced
     for path in own:
-        if path in merged:
+        if path in merged:  # neither a backup nor of the validation split
             write_if_changed(backup_path(path), path.read_bytes())
 
     # write the merged files, and the record by which Step 7b recognizes them

@@ -2,7 +2,7 @@
 r"""Step 5: write the annotations of the usable clips in MMAction2's format.
 
 Reads the annotations of AVA-Kinetics (kinetics_train_v1.0.csv) and checks each clip: its frames in
-ROOT/rawframes, whichever program extracted them, or its video in ROOT/videos if frames are missing.
+ROOT/rawframes, whichever program extracted them, or its video in ROOT/videos if these are unusable.
 Writes ROOT/kinetics_train.csv, a row `<clip>,<timestamp>,x1,y1,x2,y2,action_id,-1` for each
 annotation. If several usable clips cover a keyframe, the one with the keyframe closest to its
 middle is taken. Keyframes without a usable clip are listed in
@@ -183,8 +183,8 @@ def find_clips(root: Path, video_ids: set[str]) -> list[Clip]:
 def check_frames(folder: Path, numbers: Iterable[int], since: float | None) -> str:
     """Return why these raw frames of a folder cannot be used, or an empty string.
 
-    Missing and empty frames are errors. If `since` is given, a time in seconds, so are older frames
-    and frames with other numbers.
+    Missing and empty frames are errors. For a clip, so are frames with other numbers and frames
+    older than `since`, in seconds; for a movie of AVA, `since` is None.
     """
     entries = os.scandir(folder)
     files = {entry.name: entry.stat() for entry in entries if entry.name.startswith('img_')}
@@ -216,18 +216,16 @@ def check_clip(clip: Clip, root: Path) -> State:
     """Check a clip's raw frames or, if they cannot be used, its video."""
     video = root / f'videos/{clip.name}.mp4'
     exists = video.exists()
-    error = ''
+    since = video.stat().st_mtime if exists else 0  # without a video, any age will do
+    numbers = range(1, clip.num_frames + 1)
     try:
-        since = video.stat().st_mtime if exists else 0  # without a video, any age will do
-        error = check_frames(root / 'rawframes' / clip.name, range(1, clip.num_frames + 1), since)
-        if not error:
-            return State(clip, has_frames=True)
-    except FileNotFoundError:  # no raw frames
-        pass
+        error = check_frames(root / 'rawframes' / clip.name, numbers, since)
     except OSError as failure:
         error = f'unreadable frames: {failure.strerror}'
+    if not error:
+        return State(clip, has_frames=True)
     has_old_frames = error == OLD_FRAMES
-    if exists or not error:  # else the error of the frames says more
+    if exists:
         error = check_video(video, clip.num_frames)
     return State(clip, False, has_old_frames, error)
 
@@ -239,7 +237,7 @@ def check_clips(clips: list[Clip], root: Path, num_threads: int) -> dict[str, li
     """
     try:
         threads = ThreadPool(num_threads if num_threads > 0 else None)
-    except (RuntimeError, AttributeError):  # AttributeError: of the pool's own clean-up
+    except (RuntimeError, AttributeError):  # AttributeError: the half-made pool's clean-up fails
         sys.exit(f'error: {NO_THREADS}')
     checked = threads.imap(functools.partial(check_clip, root=root), clips, 64)
     states = defaultdict(list)

@@ -51,10 +51,10 @@ NO_THREADS = 'no more threads can be started here; raise the limit on processes 
 NUM_THREADS = 16  # they mostly wait: a slow file server answers many at the same time
 BOX = ['x1', 'y1', 'x2', 'y2']
 COLUMNS = {'clip': str, 'second': int, **dict.fromkeys(BOX, float), 'action': int, 'entity': int}
-# columns of the report on recall: boxes matched by all proposals, then by those that are kept
-RECALL = ['clip', 'second', 'boxes', 'proposals']
+# Columns of the report on recall; those of MATCHED count boxes matched by all proposals, then by
+# those that are kept
 MATCHED = ['matched_0.5', 'matched_0.75', 'kept_0.5', 'kept_0.75']
-RECALL += [*MATCHED, 'worst_iou']
+RECALL = ['clip', 'second', 'boxes', 'proposals', *MATCHED, 'worst_iou']
 LABELS = 'ava_action_list_v2.2_for_activitynet_2019.pbtxt'
 NEEDED = [LABELS, 'ava_train_excluded_timestamps_v2.2.csv', 'ava_val_excluded_timestamps_v2.2.csv']
 COPY_AGAIN = "copy it from AVA's annotation folder"
@@ -90,7 +90,7 @@ STEPS = {'cut_kinetics': 'Step 3', 'prepare_annotation': 'Step 5', 'fetch_propos
 ARRAY_PARTS = {
     'ndarray': np.ndarray,
     'dtype': np.dtype,
-    'encode': codecs.encode,
+    'encode': codecs.encode,  # makes bytes, in pickles of protocol 2
     '_reconstruct': np.empty(0).__reduce__()[0],
     '_frombuffer': np.empty(0).__reduce_ex__(5)[0],
 }
@@ -122,7 +122,7 @@ class Problem(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A list of annotations with its proposals; split says which part of Kinetics is in it."""
+    """A list of annotations with its proposals; `split` is Kinetics' in it, '' if AVA is alone."""
 
     title: str
     split: str
@@ -226,8 +226,8 @@ def command(script: str, root: Path) -> str:
 def check_frames(folder: Path, numbers: Iterable[int], since: float | None) -> str:
     """Return why these raw frames of a folder cannot be used, or an empty string.
 
-    Missing and empty frames are errors. If `since` is given, a time in seconds, so are older frames
-    and frames with other numbers.
+    Missing and empty frames are errors. For a clip, so are frames with other numbers and frames
+    older than `since`, in seconds; for a movie of AVA, `since` is None.
     """
     entries = os.scandir(folder)
     files = {entry.name: entry.stat() for entry in entries if entry.name.startswith('img_')}
@@ -252,7 +252,7 @@ def check_folder(folder: Path, numbers: Iterable[int], since: float | None) -> s
 
 def window(timestamp: int) -> range:
     """Return the frames of an AVA movie that training can ask for around a keyframe."""
-    keyframe = (timestamp - AVA_START_S) * FPS
+    keyframe = (timestamp - AVA_START_S) * FPS  # as MMAction2 has it; its image is one later
     last = (AVA_END_S - AVA_START_S) * FPS
     return range(max(1, keyframe - FRAMES_BEFORE), min(last, keyframe + FRAMES_AFTER) + 1)
 
@@ -295,7 +295,10 @@ def clips_of(table: pd.DataFrame) -> list[Clip]:
 
 
 def reads_frames(clips: list[Clip], folders: set[str]) -> bool:
-    """Return whether training reads the clips of a list as frames: all, if one has a folder."""
+    """Return whether the clips of a list are to be read as frames: all, if one has a folder.
+
+    MMAction2 reads a list either as frames or as videos; a folder shows that Step 4 was run.
+    """
     return any(clip.name in folders for clip in clips)
 
 
@@ -319,7 +322,7 @@ def check_all_frames(tables: list[pd.DataFrame], root: Path) -> dict[str, Proble
 
     try:
         threads = ThreadPool(NUM_THREADS)
-    except (RuntimeError, AttributeError):  # AttributeError: of the pool's own clean-up
+    except (RuntimeError, AttributeError):  # AttributeError: the half-made pool's clean-up fails
         sys.exit(f'error: {NO_THREADS}')
     checked = threads.imap(check, timestamps, 16)
     with threads, tqdm(checked, 'check', len(timestamps), unit='clip', leave=False) as bar:
@@ -344,7 +347,7 @@ def check_record(split: str, root: Path) -> tuple[list[Problem], list[str]]:
     Files that changed since then do not count.
     """
     record = read_record(root / f'reports/fetch_proposal_{split}.json')
-    remedy = f'remove it, then run Steps 3 and 4 again: {command("extract_rgb_frames.py", root)}'
+    remedy = f'remove it, run Step 3 again, then Step 4: {command("extract_rgb_frames.py", root)}'
     unreadable = [
         Problem(file, 'unreadable frame', remedy)
         for file, size in record.get('unreadable', {}).items()
@@ -396,25 +399,26 @@ def merge_remedy(part: Part, root: Path) -> str:
 
 def check_merged(part: Part, content: bytes, root: Path) -> list[Problem]:
     """Check that Step 6 used the current list of Step 5, and that its proposals were merged."""
-    own_list = root / f'kinetics_{part.split}.csv'
+    datalist = root / f'kinetics_{part.split}.csv'
     infix = '' if part.split == 'train' else f'_{part.split}'
-    own_pickle = root / f'kinetics{infix}_proposal.pkl'
-    if not own_pickle.exists():
+    pickle_path = root / f'kinetics{infix}_proposal.pkl'
+    if not pickle_path.exists():  # it is needed for merging only
         return []
     fetched = read_record(root / f'reports/fetch_proposal_{part.split}.json')
     merged = read_record(root / f'reports/merge_annotations_{part.split}.json')
-    digest = digest_of(own_pickle.read_bytes())
-    listed = digest_of(own_list.read_bytes()) if own_list.exists() else ''
-    if fetched.get('proposals_sha256') == digest and fetched.get('datalist_sha256') != listed:
-        fetch = f'{command("fetch_proposal.py", root)} --datalist={shlex.quote(str(own_list))}'
-        reason = f'made from another list than {own_list.name}'
-        return [Problem(own_pickle.name, reason, f'run Step 6: {fetch}; then Step 7a')]
-    is_recorded = merged.get('kinetics_proposals_sha256') == digest
-    if is_recorded and merged.get('proposals_sha256') == digest_of(content):
+    digest = digest_of(pickle_path.read_bytes())
+    list_digest = digest_of(datalist.read_bytes()) if datalist.exists() else ''
+    is_recorded = fetched.get('proposals_sha256') == digest  # else the record is about another one
+    if is_recorded and fetched.get('datalist_sha256') != list_digest:
+        fetch = f'{command("fetch_proposal.py", root)} --datalist={shlex.quote(str(datalist))}'
+        reason = f'made from another list than {datalist.name}'
+        return [Problem(pickle_path.name, reason, f'run Step 6: {fetch}; then Step 7a')]
+    is_merged = merged.get('kinetics_proposals_sha256') == digest
+    if is_merged and merged.get('proposals_sha256') == digest_of(content):
         return []
     if content.endswith(f'\nmerged with {digest}\n'.encode()):  # version 1.0 wrote no record
         return []
-    reason = f'other proposals than {own_pickle.name}'
+    reason = f'other proposals than {pickle_path.name}'
     return [Problem(part.proposals.name, reason, merge_remedy(part, root))]
 
 
@@ -440,14 +444,14 @@ def check_rows(part: Part, root: Path) -> tuple[pd.DataFrame, list[Problem]]:
     except (OSError, ValueError) as error:
         reason = f'unreadable annotations: {error}'.splitlines()[0]
         return pd.DataFrame(columns=list(COLUMNS)), [Problem(part.rows.name, reason, remedy)]
-    own_list = root / f'kinetics_{part.split}.csv'
-    rows = own_list.read_bytes() if own_list.exists() else b''
+    datalist = root / f'kinetics_{part.split}.csv'
+    rows = datalist.read_bytes() if datalist.exists() else b''  # none where AVA is alone
     if part.split and not rows:
         remedy = 'run Step 5 (prepare_annotation.py)'
-        return table, [Problem(own_list.name, 'no annotations', remedy)]
-    num_own = table['clip'].str.fullmatch(CLIP_NAME).sum()
-    if not part.rows.read_bytes().startswith(rows) or rows.count(b'\n') != num_own:
-        reason = f'other Kinetics rows than {own_list.name}'
+        return table, [Problem(datalist.name, 'no annotations', remedy)]
+    num_kinetics = table['clip'].str.fullmatch(CLIP_NAME).sum()
+    if not part.rows.read_bytes().startswith(rows) or rows.count(b'\n') != num_kinetics:
+        reason = f'other Kinetics rows than {datalist.name}'
         return table, [Problem(part.rows.name, reason, remedy)]
     return table, []
 
@@ -517,8 +521,10 @@ def keyframes_html(
     for name, timestamp in zip(chosen['clip'], chosen.second):
         by_box = table[(table['clip'] == name) & (table.second == timestamp)].groupby(BOX).action
         caption = f'{name}, second {timestamp}'
-        for number, (_, done) in enumerate(by_box, 1):
-            caption += f'; {number}: {", ".join(actions.get(action, "?") for action in done)}'
+        for number, (_, box_actions) in enumerate(by_box, 1):  # in the order of by_box.groups
+            caption += (
+                f'; {number}: {", ".join(actions.get(action, "?") for action in box_actions)}'
+            )
         image = read_keyframe(root, name, timestamp)
         shown = '<p>cannot be read</p>'
         if image is not None:
@@ -752,7 +758,7 @@ def check(root: Path) -> None:
 
 
 def write_page(lists: list[Loaded], verdict: str, lines: list[str], root: Path) -> None:
-    """Write ROOT/report.html, the same for the same data; say so if it cannot be written."""
+    """Write ROOT/report.html, the same for the same data; print why if no page can be made."""
     page = root / 'report.html'
     try:
         content = PAGE.substitute(

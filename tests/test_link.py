@@ -231,7 +231,7 @@ def test_frames_that_step_6_could_not_read(worlds):
     record = root / 'reports/fetch_proposal_train.json'
     record.write_text(json.dumps(dict(unreadable={frame: (root / frame).stat().st_size})))
     message = errors(link(root, ava, code=1))
-    remedy = 'unreadable frame; remove it, then run Steps 3 and 4 again: python3 '
+    remedy = 'unreadable frame; remove it, run Step 3 again, then Step 4: python3 '
     assert f'NOT ready for training: {frame}: {remedy}' in message
     assert remedy in (root / 'report.html').read_text()
     (root / frame).write_bytes(b'another frame')

@@ -98,7 +98,7 @@ def test_other_programs_frames_and_ava_links_do_no_harm(world):
         (
             'aaaaaaaaaaa',
             '205',
-        ): 'unreadable clip: No such file or directory in aaaaaaaaaaa_000203_000207',
+        ): 'unreadable frames: No such file or directory in aaaaaaaaaaa_000203_000207',
     }
 
 
