@@ -11,6 +11,7 @@ import pickle
 import struct
 import subprocess
 import tarfile
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -45,27 +46,25 @@ from helpers import (
 LINE = 'aaaaaaaaaaa,5,0.1,0.2,0.5,0.9,12'
 
 
-def ffmpeg(*arguments) -> bytes:
+def ffmpeg(options: str) -> bytes:
     """What ffmpeg writes to a file named `-`."""
-    return subprocess.run(
-        [draw.FFMPEG, '-v', 'error', *arguments, '-'], capture_output=True, check=True
-    ).stdout
+    command = [draw.FFMPEG, '-v', 'error', *options.split(), '-']
+    return subprocess.run(command, capture_output=True, check=True).stdout
+
+
+def made(entry, data: bytes) -> bytes:
+    """What an entry of a table stands for: bytes, options of ffmpeg or a function of good data."""
+    if isinstance(entry, str):
+        return ffmpeg(entry)
+    return entry if isinstance(entry, bytes) else entry(data)
+
+
+FRAGMENTS = '-movflags frag_keyframe+empty_moov -f'  # for containers that pipes cannot hold
 
 
 def huge_png_video(container: str) -> bytes:
     """A video of PNGs whose headers claim 8,000 by 8,000 pixels, which FFmpeg itself would take."""
-    data = ffmpeg(
-        '-f',
-        'lavfi',
-        '-i',
-        'color=s=64x64:d=10:r=1',
-        '-c:v',
-        'png',
-        '-movflags',
-        'frag_keyframe+empty_moov',
-        '-f',
-        container,
-    )
+    data = ffmpeg(f'-f lavfi -i color=s=64x64:d=10:r=1 -c:v png {FRAGMENTS} {container}')
     header = b'IHDR' + struct.pack('>II', 64, 64)
     start = data.index(header)
     claimed = b'IHDR' + struct.pack('>II', 8000, 8000) + data[start + 12 : start + 17]
@@ -75,7 +74,7 @@ def huge_png_video(container: str) -> bytes:
 
 def late_sound() -> bytes:
     """A video in whose middle a sound track begins that its header does not have."""
-    data = ffmpeg('-f', 'lavfi', '-i', 'testsrc=s=64x64:d=10', '-f', 'flv')
+    data = ffmpeg('-f lavfi -i testsrc=s=64x64:d=10 -f flv')
     position = 13
     for _ in range(200):  # tags
         position += 15 + int.from_bytes(data[position + 1 : position + 4], 'big')
@@ -91,25 +90,14 @@ def whole(tmp_path_factory) -> bytes:
     return path.read_bytes()
 
 
-def faststart(data: bytes, folder: Path) -> bytes:
-    (folder / 'x.mp4').write_bytes(data)
-    subprocess.run(
-        [
-            draw.FFMPEG,
-            '-v',
-            'error',
-            '-y',
-            '-i',
-            folder / 'x.mp4',
-            '-c',
-            'copy',
-            '-movflags',
-            '+faststart',
-            folder / 'y.mp4',
-        ],
-        check=True,
-    )
-    return (folder / 'y.mp4').read_bytes()
+def faststart(data: bytes) -> bytes:
+    """The same video with its index first."""
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = Path(folder) / 'before.mp4', Path(folder) / 'after.mp4'
+        before.write_bytes(data)
+        options = ['-v', 'error', '-i', before, '-c', 'copy', '-movflags', '+faststart', after]
+        subprocess.run([draw.FFMPEG, *options], check=True)
+        return after.read_bytes()
 
 
 def shuffled(data: bytes) -> bytes:
@@ -121,141 +109,61 @@ def shuffled(data: bytes) -> bytes:
 
 
 UNREADABLE, SHORT, DAMAGED = 'unreadable video: ', 'source too short: ', 'damaged video: '
-# name -> (content made of a good source and a folder, how the reason starts; None where it is to be
-# cut)
+# name -> (see `made`, how the reason starts; None where it is to be cut)
 VIDEOS = {
-    'good': (lambda data, _: data, None),
-    'empty': (lambda data, _: b'', UNREADABLE),
-    'one byte': (lambda data, _: b'\0', UNREADABLE),
-    'text': (lambda data, _: b'this is no video\n' * 1000, UNREADABLE),
-    'web page': (
-        lambda data, _: b'<!DOCTYPE html><html><body>Video unavailable</body></html>',
-        UNREADABLE,
-    ),
-    'random': (lambda data, _: np.random.default_rng(0).bytes(100_000), UNREADABLE),
+    'good': (bytes, None),
+    'empty': (b'', UNREADABLE),
+    'one byte': (b'\0', UNREADABLE),
+    'text': (b'this is no video\n' * 1000, UNREADABLE),
+    'web page': (b'<!DOCTYPE html><html><body>Video unavailable</body></html>', UNREADABLE),
+    'random': (np.random.default_rng(0).bytes(100_000), UNREADABLE),
     **{
         f'truncated at {share} %': (
-            lambda data, _, share=share: data[: len(data) * share // 100],
+            lambda data, share=share: data[: len(data) * share // 100],
             UNREADABLE,
         )
         for share in (1, 10, 50, 90, 99)
     },
     **{
         f'index first, truncated at {share} %': (
-            lambda data, folder, share=share: faststart(data, folder)[: len(data) * share // 100],
+            lambda data, share=share: faststart(data)[: len(data) * share // 100],
             reason,
         )
         for share, reason in ((3, UNREADABLE), (30, DAMAGED), (60, DAMAGED), (98, DAMAGED))
     },
-    'bytes changed': (lambda data, _: shuffled(data), DAMAGED),
-    'unknown codec': (lambda data, _: data.replace(b'avc1', b'zzzz'), UNREADABLE),
-    'picture': (
-        lambda data, _: cv2.imencode('.jpg', np.zeros((90, 120, 3), np.uint8))[1].tobytes(),
-        UNREADABLE,
-    ),
-    'sound only': (
-        lambda data, _: ffmpeg('-f', 'lavfi', '-i', 'sine=d=10', '-f', 'matroska'),
-        UNREADABLE,
-    ),
-    'no frames': (
-        lambda data, _: ffmpeg(
-            '-f',
-            'lavfi',
-            '-i',
-            'color=s=64x64:d=1',
-            '-c:v',
-            'libx264',
-            '-frames:v',
-            '0',
-            '-f',
-            'matroska',
-        ),
-        UNREADABLE,
-    ),
-    'one frame': (
-        lambda data, _: ffmpeg(
-            '-f',
-            'lavfi',
-            '-i',
-            'color=s=64x64:d=1',
-            '-c:v',
-            'libx264',
-            '-frames:v',
-            '1',
-            '-f',
-            'matroska',
-        ),
-        SHORT,
-    ),
+    'bytes changed': (shuffled, DAMAGED),
+    'unknown codec': (lambda data: data.replace(b'avc1', b'zzzz'), UNREADABLE),
+    'picture': (cv2.imencode('.jpg', np.zeros((90, 120, 3), np.uint8))[1].tobytes(), UNREADABLE),
+    'sound only': ('-f lavfi -i sine=d=10 -f matroska', UNREADABLE),
+    'no frames': ('-f lavfi -i color=s=64x64:d=1 -c:v libx264 -frames:v 0 -f matroska', UNREADABLE),
+    'one frame': ('-f lavfi -i color=s=64x64:d=1 -c:v libx264 -frames:v 1 -f matroska', SHORT),
     'huge pictures claimed': (
-        lambda data, _: huge_png_video('matroska'),
+        lambda data: huge_png_video('matroska'),
         UNREADABLE + 'Picture size 8000x8000 exceeds',
     ),
     'playlist of another file': (
-        lambda data, _: b'ffconcat version 1.0\nfile vids-00000x_000000_000010.mp4\n',
+        b'ffconcat version 1.0\nfile vids-00000x_000000_000010.mp4\n',
         UNREADABLE,
     ),
     'playlist of itself': (
-        lambda data, _: b'ffconcat version 1.0\nfile vids-00020x_000000_000010.mp4\n',
+        b'ffconcat version 1.0\nfile vids-00020x_000000_000010.mp4\n',
         UNREADABLE,
     ),
-    'web playlist': (
-        lambda data, folder: b'#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n',
-        UNREADABLE,
-    ),
-    'subtitles': (lambda data, _: b'1\n00:00:00,000 --> 00:00:10,000\nhello\n', UNREADABLE),
-    'Matroska named mp4': (
-        lambda data, _: ffmpeg(
-            '-f', 'lavfi', '-i', 'testsrc=s=64x64:d=10', '-c:v', 'libx264', '-f', 'matroska'
-        ),
-        None,
-    ),
+    'web playlist': (b'#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n', UNREADABLE),
+    'subtitles': (b'1\n00:00:00,000 --> 00:00:10,000\nhello\n', UNREADABLE),
+    'Matroska named mp4': ('-f lavfi -i testsrc=s=64x64:d=10 -c:v libx264 -f matroska', None),
     'one pixel high': (
-        lambda data, _: ffmpeg(
-            '-f',
-            'lavfi',
-            '-i',
-            'testsrc=s=64x2:d=10',
-            '-vf',
-            'crop=64:1:0:0',
-            '-c:v',
-            'ffv1',
-            '-f',
-            'matroska',
-        ),
+        '-f lavfi -i testsrc=s=64x2:d=10 -vf crop=64:1:0:0 -c:v ffv1 -f matroska',
         UNREADABLE,
     ),
     'starts after an hour': (
-        lambda data, _: ffmpeg(
-            '-f',
-            'lavfi',
-            '-i',
-            'testsrc=s=64x64:d=10',
-            '-c:v',
-            'libx264',
-            '-output_ts_offset',
-            '3600',
-            '-f',
-            'matroska',
-        ),
+        '-f lavfi -i testsrc=s=64x64:d=10 -c:v libx264 -output_ts_offset 3600 -f matroska',
         None,
     ),
-    'sound begins in the middle': (lambda data, _: late_sound(), DAMAGED),
+    'sound begins in the middle': (lambda data: late_sound(), DAMAGED),
     'time runs a thousand times too fast': (
-        lambda data, _: ffmpeg(
-            '-f',
-            'lavfi',
-            '-i',
-            'testsrc=s=64x64:d=10',
-            '-vf',
-            'setpts=PTS*1000',
-            '-fps_mode',
-            'passthrough',
-            '-c:v',
-            'libx264',
-            '-f',
-            'matroska',
-        ),
+        '-f lavfi -i testsrc=s=64x64:d=10 -vf setpts=PTS*1000 -fps_mode passthrough -c:v libx264 '
+        '-f matroska',
         'source too long: its name says 10 s, its video lasts 99',
     ),
 }
@@ -271,8 +179,8 @@ def cut_videos(whole, tmp_path_factory):
     sources.mkdir(parents=True)
     (folder / 'secret.mp4').write_bytes(whole)
     names = [*VIDEOS, *NO_FILES]
-    for index, (make, _) in enumerate(VIDEOS.values()):
-        (sources / f'vids-{index:05d}x_000000_000010.mp4').write_bytes(make(whole, folder))
+    for index, (entry, _) in enumerate(VIDEOS.values()):
+        (sources / f'vids-{index:05d}x_000000_000010.mp4').write_bytes(made(entry, whole))
     for index, make in enumerate(NO_FILES.values(), len(VIDEOS)):
         make(sources / f'vids-{index:05d}x_000000_000010.mp4')
     (folder / 'kinetics_train_v1.0.csv').write_text(
@@ -614,48 +522,17 @@ def test_what_is_no_archive(whole, tmp_path, content):
     assert 'loop.tar' in said and 'bad.tar' in said
 
 
-CLIPS = {
-    'empty': lambda data: b'',
-    'text': lambda data: b'no video',
+CLIPS = {  # name -> see `made`
+    'empty': b'',
+    'text': b'no video',
     'truncated early': lambda data: data[:2000],
     'truncated late': lambda data: data[:-500],
-    'sound only': lambda data: ffmpeg(
-        '-f',
-        'lavfi',
-        '-i',
-        'sine=d=4',
-        '-c:a',
-        'aac',
-        '-movflags',
-        'frag_keyframe+empty_moov',
-        '-f',
-        'mp4',
-    ),
-    'playlist': lambda data: b"ffconcat version 1.0\nfile 'good-clip-0_000000_000004.mp4'\n",
-    'Matroska': lambda data: ffmpeg(
-        '-f',
-        'lavfi',
-        '-i',
-        f'testsrc=s=64x64:d=4:r={draw.FPS}',
-        '-c:v',
-        'libx264',
-        '-f',
-        'matroska',
-    ),
-    'wrong length': lambda data: ffmpeg(
-        '-f',
-        'lavfi',
-        '-i',
-        f'testsrc=s=64x64:d=3:r={draw.FPS}',
-        '-c:v',
-        'libx264',
-        '-movflags',
-        'frag_keyframe+empty_moov',
-        '-f',
-        'mp4',
-    ),
+    'sound only': f'-f lavfi -i sine=d=4 -c:a aac {FRAGMENTS} mp4',
+    'playlist': b"ffconcat version 1.0\nfile 'good-clip-0_000000_000004.mp4'\n",
+    'Matroska': f'-f lavfi -i testsrc=s=64x64:d=4:r={draw.FPS} -c:v libx264 -f matroska',
+    'wrong length': f'-f lavfi -i testsrc=s=64x64:d=3:r={draw.FPS} -c:v libx264 {FRAGMENTS} mp4',
     'huge pictures claimed': lambda data: huge_png_video('mov'),
-    'random': lambda data: np.random.default_rng(1).bytes(50_000),
+    'random': np.random.default_rng(1).bytes(50_000),
 }
 
 
@@ -664,7 +541,7 @@ def test_frames_of_clips(tmp_path, name):
     """Step 6 reads keyframes out of clips that have no raw frames."""
     clip, good = 'bad-clip--1_000000_000004', tmp_path / 'videos/good-clip-0_000000_000004.mp4'
     numbered_source(good, dict(seconds=4))
-    (tmp_path / f'videos/{clip}.mp4').write_bytes(CLIPS[name](good.read_bytes()))
+    (tmp_path / f'videos/{clip}.mp4').write_bytes(made(CLIPS[name], good.read_bytes()))
     with pytest.raises(ValueError, match='frame 91 of'):
         keyframe = fetch_proposal.Keyframe(fetch_proposal.parse_clip(clip), 3)
         frame = fetch_proposal.Frame(keyframe, f'videos/{clip}.mp4', 0)
@@ -677,7 +554,7 @@ def test_clips(tmp_path, name):
     videos = tmp_path / 'videos'
     numbered_source(videos / 'good-clip-0_000000_000004.mp4', dict(seconds=4))
     bad = videos / 'bad-clip--1_000000_000004.mp4'
-    bad.write_bytes(CLIPS[name]((videos / 'good-clip-0_000000_000004.mp4').read_bytes()))
+    bad.write_bytes(made(CLIPS[name], (videos / 'good-clip-0_000000_000004.mp4').read_bytes()))
     (videos / 'loop-clip-2_000000_000004.mp4').symlink_to('loop-clip-2_000000_000004.mp4')
     (videos / 'fold-clip-3_000000_000004.mp4').mkdir()
     (videos / 'new\nline.mp4').write_bytes(b'')
@@ -750,23 +627,27 @@ def test_a_clip_whose_track_has_a_name_that_is_no_utf8(tmp_path):
     assert prepare_annotation.check_clip(named, tmp_path).error.startswith('unreadable clip: ')
 
 
-def huge_jpeg(path: Path) -> bytes:
+def huge_jpeg(data: bytes) -> bytes:
     """A JPEG whose header claims 65,500 by 65,500 pixels."""
-    data = path.read_bytes()
     start = data.index(b'\xff\xc0')
     return data[: start + 5] + struct.pack('>HH', 65500, 65500) + data[start + 9 :]
 
 
-FRAMES = {
+def as_png(data: bytes) -> bytes:
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    return cv2.imencode('.png', image)[1].tobytes()
+
+
+FRAMES = {  # name -> see `made`; None: there is no file
     'missing': None,
-    'empty': lambda path: b'',
-    'text': lambda path: b'no picture',
-    'no picture but its end': lambda path: b'x\xff\xd9',
-    'truncated early': lambda path: path.read_bytes()[:100],
-    'truncated late': lambda path: path.read_bytes()[:-3],
+    'empty': b'',
+    'text': b'no picture',
+    'no picture but its end': b'x\xff\xd9',
+    'truncated early': lambda data: data[:100],
+    'truncated late': lambda data: data[:-3],
     'huge pictures claimed': huge_jpeg,
-    'random': lambda path: np.random.default_rng(0).bytes(9000) + b'\xff\xd9',
-    'PNG': lambda path: cv2.imencode('.png', cv2.imread(str(path)))[1].tobytes(),
+    'random': np.random.default_rng(0).bytes(9000) + b'\xff\xd9',
+    'PNG': as_png,
 }
 ROWS = [
     '',
@@ -787,12 +668,12 @@ ROWS = [
 def fetched(tmp_path_factory):
     """Step 6 on a good clip and a clip for each broken frame above."""
     root = write_root(tmp_path_factory.mktemp('fetched'), range(len(FRAMES) + 1))
-    for scene, make in enumerate(FRAMES.values(), 1):
+    for scene, entry in enumerate(FRAMES.values(), 1):
         frame = root / f'rawframes/scene-{scene:05d}_000010_000014/{KEYFRAME}'
-        content = make and make(frame)
-        frame.unlink()
-        if content is not None:
-            frame.write_bytes(content)
+        if entry is None:
+            frame.unlink()
+        else:
+            frame.write_bytes(made(entry, frame.read_bytes()))
     here('fetch_proposal.py', f'--avakinetics_root={root}', *TINY, '--neighbors=0')
     return root, read_report(root, 'fetch_proposal_train')
 
@@ -844,26 +725,28 @@ def test_configs(fetched, tmp_path, name):
     assert f'{tmp_path}/config.py' in message
 
 
-def checkpoints(folder: Path) -> dict[str, bytes]:
-    torch.save(Evil(), folder / 'evil.pth')
-    torch.save(dict(state_dict={'a': torch.zeros(1)}), folder / 'other.pth')
-    evil, other = (folder / 'evil.pth').read_bytes(), (folder / 'other.pth').read_bytes()
-    return {
-        'code': evil,
-        'code in a plain pickle': pickle.dumps(Evil()),
-        'other weights': other,
-        'truncated': other[: len(other) // 2],
-        'a list': pickle.dumps([1]),
-        'empty': b'',
-    }
+def saved(value) -> bytes:
+    """What torch.save writes."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
 
 
-@pytest.mark.parametrize(
-    'name', ['code', 'code in a plain pickle', 'other weights', 'truncated', 'a list', 'empty']
-)
+OTHER_WEIGHTS = saved(dict(state_dict={'a': torch.zeros(1)}))
+CHECKPOINTS = {
+    'code': saved(Evil()),
+    'code in a plain pickle': pickle.dumps(Evil()),
+    'other weights': OTHER_WEIGHTS,
+    'truncated': OTHER_WEIGHTS[: len(OTHER_WEIGHTS) // 2],
+    'a list': pickle.dumps([1]),
+    'empty': b'',
+}
+
+
+@pytest.mark.parametrize('name', CHECKPOINTS)
 def test_checkpoints(fetched, tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'x.pth').write_bytes(checkpoints(tmp_path)[name])
+    (tmp_path / 'x.pth').write_bytes(CHECKPOINTS[name])
     message = refused(
         'fetch_proposal.py',
         f'--avakinetics_root={fetched[0]}',
