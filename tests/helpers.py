@@ -223,7 +223,7 @@ def annotation_rows(video: str, second: float, count: int = 1) -> str:
 SIZE = (160, 120)
 KEYFRAME = f'img_{2 * draw.FPS + 1:05d}.jpg'  # the raw frame two seconds after a clip's start
 CACHE = None  # a folder, where encoded videos are kept for the next test
-# what a source is like where it differs from 10 s of 30 fps, H.264, mp4, without sound
+# what a source is like where it differs from 10 s of draw.FPS, H.264, mp4, without sound
 VARIANTS = {
     '15 fps': dict(fps=15),
     '20 fps': dict(fps=20),
@@ -232,7 +232,7 @@ VARIANTS = {
     '25 fps': dict(fps=25),
     '28 fps': dict(fps=28),
     '29.97 fps': dict(fps='30000/1001'),
-    '30 fps': dict(),
+    '30 fps': dict(fps=30),
     '50 fps': dict(fps=50),
     '59.94 fps': dict(fps='60000/1001'),
     '60 fps': dict(fps=60),
@@ -260,7 +260,7 @@ VARIANTS = {
 
 def number_times(variant: dict) -> dict[int, float]:
     """Return the source time in seconds of each numbered frame that a variant holds."""
-    fps = Fraction(variant.get('fps', 30))
+    fps = Fraction(variant.get('fps', draw.FPS))
     numbers = range(round(variant.get('seconds', 10) * fps))
     if variant.get('drop'):  # by turns every third picture, every one, every other one
         numbers = [n for n in numbers if n % (3 - 2 * (n // 40) % 3) == 0]
@@ -287,7 +287,7 @@ def numbered_source(path: Path, variant: dict) -> None:
 
 def encode_numbers(path: Path, variant: dict) -> None:
     """Encode what `numbered_source` describes."""
-    size, fps = variant.get('size', SIZE), variant.get('fps', 30)
+    size, fps = variant.get('size', SIZE), variant.get('fps', draw.FPS)
     times = number_times(variant)
 
     def frames():
@@ -316,6 +316,11 @@ def clip_frames(path: Path) -> list[int]:
     import decord  # after torch, where a test has that: see conftest.py
 
     return [draw.read_stamp(frame.asnumpy()[..., ::-1]) for frame in decord.VideoReader(str(path))]
+
+
+def numbers_between(start: int, end: int) -> list[int]:
+    """Return what a clip of these seconds of a source shows, if both have the same frame rate."""
+    return list(range(start * draw.FPS, end * draw.FPS))
 
 
 def fake_frames(folder: Path, clip: str, count: int | None = None) -> None:

@@ -133,7 +133,9 @@ def test_second_run_reads_no_archive(kinetics, archives, tmp_path, monkeypatch):
 
 def test_a_truncated_archive_costs_no_finished_clip(kinetics, archives, tmp_path):
     whole = archives[0].read_bytes()
-    archives[0].write_bytes(whole[: len(whole) - len(whole) // 3])
+    with tarfile.open(archives[0]) as tar:
+        last = tar.getmembers()[-1]
+    archives[0].write_bytes(whole[: last.offset_data + last.size // 2])
     done = cut_archives(kinetics, tmp_path / 'root', '--kinetics_archives', *archives, code=1)
     assert (tmp_path / 'root/videos/aaaaaaaaaaa_000101_000109.mp4').exists()
     message = errors(done)
@@ -326,7 +328,7 @@ def test_short_side(kinetics, tmp_path):
         clip = root / 'videos/aaaaaaaaaaa_000101_000109.mp4'
         frames = decord.VideoReader(str(clip))
         sizes[short_side] = frames[0].shape[:2]
-        assert draw.read_stamp(frames[7].asnumpy()) == 37
+        assert draw.read_stamp(frames[7].asnumpy()) == draw.FPS + 7
     assert sizes == {64: (64, 86), 90: (90, 120), 120: (120, 160), 500: (120, 160)}
     assert 'even number' in errors(cut_archives(kinetics, tmp_path, '--short_side=255', code=1))
 
@@ -368,9 +370,8 @@ def test_a_clip_that_spans_its_whole_source_is_not_cut_onto_it(tmp_path):
         annotation_rows('aaaaaaaaaaa', 101) + annotation_rows('aaaaaaaaaaa', 108)
     )
     cut_archives(tmp_path, tmp_path / 'root', '--kinetics_archives', tmp_path / 'a.tar')
-    assert (
-        len(decord.VideoReader(str(tmp_path / 'root/videos/aaaaaaaaaaa_000100_000110.mp4'))) == 300
-    )
+    clip = decord.VideoReader(str(tmp_path / 'root/videos/aaaaaaaaaaa_000100_000110.mp4'))
+    assert len(clip) == 10 * draw.FPS
     assert not read_report(tmp_path / 'root', 'cut_kinetics_train')
 
 

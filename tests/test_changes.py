@@ -34,6 +34,7 @@ from helpers import (
 )
 
 CLIP = 'aaaaaaaaaaa_000103_000107'
+NUM_FRAMES = 4 * draw.FPS  # of the clip
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_clip_older_than_its_source_is_cut_again(two_clips):
         two_clips / 'kinetics700/videos/aaaaaaaaaaa_000100_000110.mp4', dict(first=1000)
     )
     assert ': 1 new, 1 existing' in cut(two_clips).stdout
-    assert clip_frames(two_clips / f'root/videos/{CLIP}.mp4')[0] == 1090
+    assert clip_frames(two_clips / f'root/videos/{CLIP}.mp4')[0] == 1000 + 3 * draw.FPS
     before = snapshot(two_clips)
     assert ': 0 new, 2 existing' in cut(two_clips).stdout and snapshot(two_clips) == before
 
@@ -114,7 +115,7 @@ def test_clips_of_any_other_option_are_not_mixed(two_clips, name):
 @pytest.mark.parametrize(
     'name,value',
     [
-        ('FPS', 25),
+        ('FPS', draw.FPS + 1),
         ('CONTEXT_S', 1),
         ('ENCODER', {}),
         ('SMALL', {}),
@@ -177,7 +178,7 @@ def test_a_root_whose_name_is_no_utf8(two_clips):
     ):
         done = subprocess.run([sys.executable, REPO / script, *options], capture_output=True)
         assert done.returncode == 0 and b'Traceback' not in done.stderr, done.stderr
-    assert len(os.listdir(root + b'/rawframes/' + CLIP.encode())) == 120
+    assert len(os.listdir(root + b'/rawframes/' + CLIP.encode())) == NUM_FRAMES
     assert b'2 of 2 annotated keyframes' in done.stdout
 
 
@@ -201,9 +202,8 @@ def test_frames_older_than_their_clip_are_extracted_again(two_clips):
     )
     cut(two_clips)
     assert ': 1 new, 1 existing' in extract(two_clips).stdout
-    assert (
-        draw.read_stamp(cv2.imread(str(two_clips / f'root/rawframes/{CLIP}/img_00001.jpg'))) == 1090
-    )
+    first = cv2.imread(str(two_clips / f'root/rawframes/{CLIP}/img_00001.jpg'))
+    assert draw.read_stamp(first) == 1000 + 3 * draw.FPS
     before = snapshot(two_clips)
     assert ': 0 new, 2 existing' in extract(two_clips).stdout and snapshot(two_clips) == before
 
@@ -224,10 +224,10 @@ def test_folders_with_an_empty_frame_or_too_many(two_clips, change):
     right = snapshot(folder)
     if change == 'empty':
         (folder / 'img_00077.jpg').write_bytes(b'')
-        reason = 'frames missing or empty: 1 of 120, first img_00077.jpg'
+        reason = f'frames missing or empty: 1 of {NUM_FRAMES}, first img_00077.jpg'
     else:
-        shutil.copy(keyframe, folder / 'img_00121.jpg')
-        reason = 'too many frames: 121, not 120'
+        shutil.copy(keyframe, folder / f'img_{NUM_FRAMES + 1:05d}.jpg')
+        reason = f'too many frames: {NUM_FRAMES + 1}, not {NUM_FRAMES}'
         assert file_of_keyframe(two_clips) == f'videos/{CLIP}.mp4'
     assert 'clips: 1 with raw frames, 1 as videos' in prepare(two_clips).stdout
     clip = softlink_ava.parse_clip(CLIP)
@@ -250,9 +250,8 @@ def test_step_5_takes_each_clip_as_it_is(two_clips):
     assert '0 with raw frames, 2 as videos' in done.stdout and 'either' not in done.stdout
     (two_clips / f'root/videos/{CLIP}.mp4').unlink()
     prepare(two_clips)
-    assert report(two_clips, 'prepare_annotation_train') == [
-        ['aaaaaaaaaaa', '105', f'frames missing or empty: 1 of 120, first img_00077.jpg in {CLIP}']
-    ]
+    reason = f'frames missing or empty: 1 of {NUM_FRAMES}, first img_00077.jpg in {CLIP}'
+    assert report(two_clips, 'prepare_annotation_train') == [['aaaaaaaaaaa', '105', reason]]
 
 
 def test_frames_of_another_run_of_step_3_are_no_frames(two_clips):

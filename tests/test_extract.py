@@ -32,12 +32,10 @@ def test_frames_are_the_clips(root):
     assert '2 new, 0 existing, 0 failed' in done.stdout
     for clip in '-a_b-c_d-e__000010_000012', 'Zz_00-AbCdE_000000_000002':
         frames = root / 'rawframes' / clip
-        assert sorted(path.name for path in frames.iterdir()) == [
-            f'img_{n:05d}.jpg' for n in range(1, 61)
-        ]
-        assert [
-            draw.read_stamp(cv2.imread(str(frames / f'img_{n:05d}.jpg'))) for n in range(1, 61)
-        ] == list(range(60))
+        names = [f'img_{n:05d}.jpg' for n in range(1, 2 * draw.FPS + 1)]
+        assert sorted(path.name for path in frames.iterdir()) == names
+        shown = [draw.read_stamp(cv2.imread(str(frames / name))) for name in names]
+        assert shown == list(range(2 * draw.FPS))
     assert read_csv(root / 'reports/extract_rgb_frames.csv') == [['clip', 'reason']]
 
 
@@ -50,7 +48,7 @@ def test_levels_of_video_become_those_of_jpeg():
 
 
 def test_quality_is_that_of_q2(root, tmp_path):
-    noise = np.random.default_rng(0).integers(0, 255, (30, 60, 80, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (draw.FPS, 60, 80, 3), dtype=np.uint8)
     frames = [cv2.resize(image, (320, 240), interpolation=cv2.INTER_CUBIC) for image in noise]
     clip = root / 'videos/QqQqQqQqQqQ_000000_000001.mp4'
     draw.encode(clip, frames, draw.FPS, (320, 240), options=['-crf', '10'])
@@ -90,9 +88,9 @@ def test_bad_clips_cost_themselves_only(root):
     done = here('extract_rgb_frames.py', f'--avakinetics_root={root}')
     assert '2 new, 0 existing, 2 failed' in done.stdout
     rows = dict(read_csv(root / 'reports/extract_rgb_frames.csv'))
-    assert (
-        rows['SHORT-SHORT_000000_000003']
-        == 'wrong number of frames: 60, not 90; remove the clip, then run Step 3 again'
+    assert rows['SHORT-SHORT_000000_000003'] == (
+        f'wrong number of frames: {2 * draw.FPS}, not {3 * draw.FPS}; '
+        'remove the clip, then run Step 3 again'
     )
     assert rows['EMPTY-EMPTY_000000_000002'].startswith('unreadable clip: ')
     assert len(rows) == 3

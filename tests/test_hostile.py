@@ -542,7 +542,7 @@ def test_frames_of_clips(tmp_path, name):
     clip, good = 'bad-clip--1_000000_000004', tmp_path / 'videos/good-clip-0_000000_000004.mp4'
     numbered_source(good, dict(seconds=4))
     (tmp_path / f'videos/{clip}.mp4').write_bytes(made(CLIPS[name], good.read_bytes()))
-    with pytest.raises(ValueError, match='frame 91 of'):
+    with pytest.raises(ValueError, match=f'frame {3 * draw.FPS + 1} of'):
         keyframe = fetch_proposal.Keyframe(fetch_proposal.parse_clip(clip), 3)
         frame = fetch_proposal.Frame(keyframe, f'videos/{clip}.mp4', 0)
         fetch_proposal.read_frame(tmp_path, frame)

@@ -19,6 +19,8 @@ import softlink_ava
 from helpers import KEYFRAME, errors, fake_frames, here, numbered_source, read_report, run, snapshot
 
 CLIP, MOVIES = 'aaaaaaaaaaa_000103_000107', ('-5KQ66BBWC4', 'AVA_mov-1_x')
+NUM_FRAMES = 4 * draw.FPS  # of the clip
+AVA_FRAME = f'img_{(1000 - 900) * draw.FPS:05d}.jpg'  # at the keyframe of both movies
 LIST = 'annotations/ava_train_v2.2.csv'
 PICKLE = 'annotations/ava_dense_proposals_train.FAIR.recall_93.9.pkl'
 ROW = f'{CLIP},105,0.100,0.200,0.500,0.900,12,-1\n'
@@ -180,20 +182,20 @@ CASES = {  # what happens to the data set -> what the report says: name, reason,
     ),
     'empty frame': (
         lambda root, ava: (root / f'rawframes/{CLIP}/img_00007.jpg').write_bytes(b''),
-        (CLIP, 'frames missing or empty: 1 of 120, first img_00007.jpg', STEP_4),
+        (CLIP, f'frames missing or empty: 1 of {NUM_FRAMES}, first img_00007.jpg', STEP_4),
     ),
     'missing frames': (
         lambda root, ava: [
-            (root / f'rawframes/{CLIP}/img_{index:05d}.jpg').unlink() for index in (120, 99)
+            (root / f'rawframes/{CLIP}/img_{index:05d}.jpg').unlink() for index in (NUM_FRAMES, 99)
         ],
-        (CLIP, 'frames missing or empty: 2 of 120, first img_00099.jpg', STEP_4),
+        (CLIP, f'frames missing or empty: 2 of {NUM_FRAMES}, first img_00099.jpg', STEP_4),
     ),
     'older frames': (make_old, (CLIP, 'frames older than their clip', STEP_4)),
     'frame of AVA': (
-        lambda root, ava: (ava / 'rawframes/-5KQ66BBWC4/img_02961.jpg').unlink(),
+        lambda root, ava: (ava / f'rawframes/-5KQ66BBWC4/{AVA_FRAME}').unlink(),
         (
             'AVA -5KQ66BBWC4',
-            'frames missing or empty: 1 of 71, first img_02961.jpg',
+            f'frames missing or empty: 1 of 71, first {AVA_FRAME}',
             softlink_ava.EXTRACT_AGAIN,
         ),
     ),
@@ -201,7 +203,7 @@ CASES = {  # what happens to the data set -> what the report says: name, reason,
         lambda root, ava: shutil.rmtree(root / f'rawframes/{CLIP}'),
         (
             CLIP,
-            'clip missing or broken: 0 of 120 frames',
+            f'clip missing or broken: 0 of {NUM_FRAMES} frames',
             'remove it if it exists, then run Step 3 again (cut_kinetics.py)',
         ),
     ),
@@ -286,12 +288,10 @@ def test_a_record_that_was_edited_counts_as_none(worlds, text):
 def test_many_of_a_kind_are_one_line(worlds):
     root, ava = worlds
     for movie in MOVIES:
-        (ava / f'rawframes/{movie}/img_03000.jpg').unlink()
+        (ava / f'rawframes/{movie}/{AVA_FRAME}').unlink()
     said = link(root, ava, code=1).stdout
-    assert (
-        '  2 items, such as AVA -5KQ66BBWC4: frames missing or empty: 1 of 71, first img_03000.jpg;'
-        in said
-    )
+    reason = f'frames missing or empty: 1 of 71, first {AVA_FRAME}'
+    assert f'  2 items, such as AVA -5KQ66BBWC4: {reason};' in said
 
 
 def test_suggested_commands_can_be_pasted(worlds, tmp_path):
@@ -324,7 +324,7 @@ def test_clips_that_are_read_as_videos_have_their_frames(worlds, seconds):
         )
         assert hint in said and hint in page
     else:
-        reason = f'clip missing or broken: {round(seconds * draw.FPS)} of 120 frames'
+        reason = f'clip missing or broken: {round(seconds * draw.FPS)} of {NUM_FRAMES} frames'
         assert reason in errors(link(root, ava, code=1))
 
 

@@ -153,7 +153,7 @@ def test_keyframes_far_apart_go_into_separate_clips(world):
     assert [clip.stem for clip in clips] == ['long_000101_000106', 'long_000168_000172']
     for clip, start in zip(clips, (1, 68)):
         numbers = clip_frames(clip)
-        assert numbers[0] == start * 10 and numbers[60] == (start + 2) * 10
+        assert numbers[0] == start * 10 and numbers[2 * draw.FPS] == (start + 2) * 10
     assert 'for 3 of 3 annotated keyframes' in prepare(world).stdout
 
 

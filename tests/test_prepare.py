@@ -2,6 +2,7 @@
 
 import pytest
 
+import draw
 from helpers import annotation_rows, errors, fake_frames, prepare, read_csv, read_report, snapshot
 
 
@@ -51,7 +52,7 @@ def test_the_most_centred_whole_clip_is_taken(world):
         'aaaaaaaaaaa_000100_000110',
         'aaaaaaaaaaa_000100_000110',
     ]  # 105 lies in the middle of both; the first serves
-    (world / 'root/rawframes/aaaaaaaaaaa_000100_000110/img_00300.jpg').unlink()
+    (world / 'root/rawframes/aaaaaaaaaaa_000100_000110/img_00007.jpg').unlink()
     prepare(world)
     assert [row[:2] for row in read_csv(world / 'root/kinetics_train.csv')] == [
         ['aaaaaaaaaaa_000103_000107', '105']
@@ -60,7 +61,8 @@ def test_the_most_centred_whole_clip_is_taken(world):
         (
             'aaaaaaaaaaa',
             '101',
-        ): 'frames missing or empty: 1 of 300, first img_00300.jpg in aaaaaaaaaaa_000100_000110'
+        ): f'frames missing or empty: 1 of {10 * draw.FPS}, first img_00007.jpg in '
+        'aaaaaaaaaaa_000100_000110'
     }
 
 
@@ -151,7 +153,7 @@ def test_errors_say_what_to_do(world):
     assert 'run Step 3' in errors(prepare(world, code=1))
     (world / 'root/rawframes').mkdir()
     assert 'holds no clip of the 1 annotated videos' in errors(prepare(world, code=1))
-    fake_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107', 119)
+    fake_frames(world / 'root/rawframes', 'aaaaaaaaaaa_000103_000107', 4 * draw.FPS - 1)
     (world / 'root/kinetics_train.csv').write_text('of an earlier run\n')
     assert 'no annotated keyframe has a usable clip' in errors(prepare(world, code=1))
     assert (world / 'root/kinetics_train.csv').read_text() == 'of an earlier run\n'
