@@ -72,7 +72,7 @@ MAX_LEAD_S = 0.2
 # How much longer than its name says a source may last. Trimmed videos of 10 s last up to 10.1 s;
 # longer ones start too early, at the key frame before, or were never trimmed
 MAX_EXTRA_S = 1
-# x264's options, against its defaults (medium, crf 23):
+# x264's options, against its defaults (medium, crf 23); clips may be 1.8 times as large:
 #             CPU time   SSIM     size      decoding in Step 4 and in training
 #   SMALL     a third    higher   1.8 x     a quarter faster: coder=vlc, for 9 % more size
 #   LARGE     a third    higher   1.8 x     as fast: with coder=vlc the size would exceed 1.8 x
@@ -420,7 +420,7 @@ def find_stream(video: av.container.InputContainer, expected: int) -> av.VideoSt
     if not isinstance(stream, av.VideoStream) or not stream.codec_context:
         raise SourceError('unreadable video: it holds no frames that can be decoded')
     stream.thread_type = 'NONE'  # one thread per process is faster
-    stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}  # av.open's end with its probe
+    stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}  # av.open's serve probing only
     duration = measure_duration(video, stream, expected + MAX_EXTRA_S)
     if duration > expected + MAX_EXTRA_S:
         reason = f'its name says {expected} s, its video lasts {duration:.1f} s'
@@ -512,17 +512,16 @@ def resample(frames: Iterator[TimedFrame], start: int, end: int) -> Iterator[av.
         yield nearest.frame
 
 
-def turn_upright(frame: av.VideoFrame) -> av.VideoFrame:
-    """Turn and mirror a frame by its display matrix, as players do.
+def turn_upright(frame: av.VideoFrame, matrix: Any) -> av.VideoFrame:
+    """Turn and mirror a frame by a display matrix, if there is one, as players do.
 
     To the nearest right angle, since phones write matrices that are a hair off. A degenerate matrix
     says nothing.
     """
-    matrix = frame.side_data.get('DISPLAYMATRIX')
     if not matrix:
         return frame
-    # x' = ax + cy, y' = bx + dy; PyAV's stubs do not say that side data is a buffer
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # type: ignore[call-overload]
+    # x' = ax + cy, y' = bx + dy
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if not (a or c) or not (b or d):  # x' or y' would be constant
         return frame
     image: np.ndarray = frame.to_ndarray(format='rgb24')
@@ -533,8 +532,7 @@ def turn_upright(frame: av.VideoFrame) -> av.VideoFrame:
 
 
 def prepare_frame(frame: av.VideoFrame, short_side: int | None) -> av.VideoFrame:
-    """Convert a frame to what is encoded: upright, not too large, even sides, yuv420p, BT.601."""
-    frame = turn_upright(frame)
+    """Convert a frame to what is encoded: not too large, even sides, yuv420p, BT.601."""
     factor = min(1, (short_side or math.inf) / min(frame.width, frame.height))
     return frame.reformat(
         2 * round(frame.width // 2 * factor),
@@ -552,7 +550,9 @@ def encode(frames: Iterator[av.VideoFrame], short_side: int | None) -> bytes:
     content = io.BytesIO()
     with av.open(content, 'w', format='mp4') as clip:
         for index, frame in enumerate(frames):
-            frame = prepare_frame(frame, short_side)
+            if index == 0:  # of the first frame only: side_data makes a frame refer to itself
+                matrix = frame.side_data.get('DISPLAYMATRIX')
+            frame = prepare_frame(turn_upright(frame, matrix), short_side)
             if index == 0:
                 size = (frame.width, frame.height)
                 options = ENCODER | (SMALL if min(size) <= LARGE_SIDE else LARGE)
@@ -564,7 +564,7 @@ def encode(frames: Iterator[av.VideoFrame], short_side: int | None) -> bytes:
                 raise SourceError('damaged video: the size of its frames changes')
             frame.pts = index
             frame.time_base = Fraction(1, FPS)
-            frame.pict_type = 0
+            frame.pict_type = 0  # x264 chooses; else it keeps the source's key frames
             clip.mux(stream.encode(frame))
         clip.mux(stream.encode())  # flush the encoder
     return content.getvalue()
@@ -730,7 +730,7 @@ class ArchiveReader:
     """Reads the clips to cut out of archives, and keeps the log; `errors` says what failed.
 
     An archive that was read to its end is not read again while each of its clips exists or failed.
-    `log` stays as earlier runs left it; a failure in it counts while its clip does not exist.
+    `log` has what earlier runs found; a failure in it counts while its clip does not exist.
     """
 
     def __init__(self, archives: list[str], log_path: Path, videos: Path):
@@ -765,7 +765,7 @@ class ArchiveReader:
             clips = set()
             try:
                 file, version = open_archive(archive)
-                key = f'{Path(archive).name} {version} {digest}'
+                key = f'{Path(archive).name} {version} {digest}'  # also where it was moved
                 if self.is_done(key):
                     continue
                 for job in read_members(file, plan):
@@ -886,7 +886,7 @@ def run_all(
 def check_options(args: argparse.Namespace, videos: Path) -> None:
     """Record what shapes the clips; exit if the existing clips were made with other options.
 
-    A key that an older record lacks counts as today's default.
+    A key that an older record lacks counts as unchanged.
     """
     options = {
         'short_side': args.short_side,

@@ -1,5 +1,6 @@
 """Step 3 on sources of every kind: each frame of each clip is the nearest one of the source."""
 
+import gc
 import re
 import struct
 import subprocess
@@ -333,8 +334,24 @@ def test_frames_are_turned_as_ffmpeg_turns_them(tmp_path, name, off):
     path.write_bytes(content[:start] + matrix + content[start + len(matrix) :])
     ffmpeg('-i', path, '-frames:v', '1', tmp_path / 'right.png')
     with av.open(str(path)) as video:
-        shown = cut_kinetics.turn_upright(next(video.decode(video=0))).to_ndarray(format='bgr24')
+        frame = next(video.decode(video=0))
+        turned = cut_kinetics.turn_upright(frame, frame.side_data.get('DISPLAYMATRIX'))
+    shown = turned.to_ndarray(format='bgr24')
     np.testing.assert_array_equal(shown, cv2.imread(str(tmp_path / 'right.png')))
+
+
+def test_frames_are_freed_at_once(world, monkeypatch):
+    """None waits for the garbage collector, which would let 300 of a source pile up."""
+    make(world, {'a/aaaaaaaaaaa_000000_000010.mp4': {}}, annotation_rows('aaaaaaaaaaa', 5))
+    monkeypatch.setattr(gc, 'enable', lambda: None)  # Step 3 turns it on after its planning
+    gc.collect()
+    try:
+        cut(world)
+        found = [item for item in gc.get_objects() if isinstance(item, av.VideoFrame)]
+    finally:
+        monkeypatch.undo()
+        gc.enable()
+    assert len(found) < 10
 
 
 def test_frames_whose_times_run_backwards_are_reported(world):
