@@ -298,8 +298,7 @@ def check_args(args: argparse.Namespace) -> None:
         sys.exit(f'error: {args.datalist} is not a file; {hint}')
     if not args.config.is_file():
         sys.exit(f'error: {args.config} is not a file; set --config to an mmdetection config')
-    pickles = {'train': 'kinetics_val_proposal.pkl', 'val': 'kinetics_proposal.pkl'}
-    other = pickles.get(args.split)
+    other = {'train': 'kinetics_val_proposal.pkl', 'val': 'kinetics_proposal.pkl'}.get(args.split)
     if other and args.picklepath == args.avakinetics_root / other:
         hint = 'set --picklepath to another file'
         sys.exit(f'error: {args.picklepath} belongs to the other split; {hint}')
@@ -576,8 +575,8 @@ def boxes_agree(first: np.ndarray, second: np.ndarray) -> bool:
 def start_detector(options: Options) -> Detector:
     """Start the detector on the device of this process.
 
-    Raises DetectorError if a GPU and the CPU, in float32, disagree on the first frames. Frames that
-    cannot be read say nothing.
+    Raises DetectorError if a GPU, as it will be used, and the CPU, in float32, disagree on the
+    first frames. Frames that cannot be read say nothing.
     """
     model, pipeline = build_model(options.config)
     load_weights(model, options.checkpoint)

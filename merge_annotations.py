@@ -115,7 +115,10 @@ class Pickler(pickle.Pickler):
 
 
 def read_proposals(path: Path) -> dict[str, np.ndarray]:
-    """Read the proposals '<video id>,<timestamp:04d>' -> (n, 5) of a pickle, but no empty ones."""
+    """Read the proposals '<video id>,<timestamp:04d>' -> (n, 5) of a pickle, but no empty ones.
+
+    MMAction2 takes the best score of a frame that has a key, and fails if there is none.
+    """
     try:
         with open(path, 'rb') as file:
             return {key: boxes for key, boxes in Unpickler(file).load().items() if boxes.shape[0]}
@@ -138,7 +141,7 @@ def read_record(path: Path) -> dict:
 
 def check_datalist(kinetics: Files, digest: str, record: dict) -> None:
     """Exit if Step 6 recorded that it made the pickle, of this digest, from another csv."""
-    is_recorded = record.get('proposals_sha256') == digest  # else the record is about another one
+    is_recorded = record.get('proposals_sha256') == digest  # else the record is of another pickle
     if is_recorded and record.get('datalist_sha256') != digest_of(kinetics.rows.read_bytes()):
         reason = f'was made from another list than {kinetics.rows}; run Step 6 again with this list'
         sys.exit(f'error: {kinetics.proposals} {reason}')
@@ -154,7 +157,8 @@ def find_ava(ava: Files, kinetics_keys: Iterable[str], copy_hint: str) -> Files:
     rows_merged = any(re.fullmatch(CLIP, name) for name in names)
     proposals_merged = rows_merged  # `merge` makes both backups before it writes
     if not rows_merged:  # the first run, or AVA's rows were copied again
-        keys = {key for key in kinetics_keys if key.split(',')[0] not in names}  # not AVA's, too
+        # both parts may have proposals on a video that AVA annotates
+        keys = {key for key in kinetics_keys if key.split(',')[0] not in names}
         proposals_merged = not keys.isdisjoint(read_proposals(ava.proposals))
     own = []
     for path, merged in zip(ava, (rows_merged, proposals_merged)):

@@ -122,7 +122,7 @@ class Problem(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A list of annotations with its proposals; `split` is Kinetics' in it, '' if AVA is alone."""
+    """A list of annotations with its proposals; `split` is that of Kinetics, '' if AVA is alone."""
 
     title: str
     split: str
@@ -252,7 +252,7 @@ def check_folder(folder: Path, numbers: Iterable[int], since: float | None) -> s
 
 def window(timestamp: int) -> range:
     """Return the frames of an AVA movie that training can ask for around a keyframe."""
-    keyframe = (timestamp - AVA_START_S) * FPS  # as MMAction2 has it; its image is one later
+    keyframe = (timestamp - AVA_START_S) * FPS  # where MMAction2 centers, one image early
     last = (AVA_END_S - AVA_START_S) * FPS
     return range(max(1, keyframe - FRAMES_BEFORE), min(last, keyframe + FRAMES_AFTER) + 1)
 
@@ -408,7 +408,7 @@ def check_merged(part: Part, content: bytes, root: Path) -> list[Problem]:
     merged = read_record(root / f'reports/merge_annotations_{part.split}.json')
     digest = digest_of(pickle_path.read_bytes())
     list_digest = digest_of(datalist.read_bytes()) if datalist.exists() else ''
-    is_recorded = fetched.get('proposals_sha256') == digest  # else the record is about another one
+    is_recorded = fetched.get('proposals_sha256') == digest  # else the record is of another pickle
     if is_recorded and fetched.get('datalist_sha256') != list_digest:
         fetch = f'{command("fetch_proposal.py", root)} --datalist={shlex.quote(str(datalist))}'
         reason = f'made from another list than {datalist.name}'
@@ -646,9 +646,9 @@ def part_html(loaded: Loaded, root: Path) -> str:
 
     # numbers and plots
     content = f'<h2>{part.title}</h2>' + numbers_html(table, boxes, keyframes)
-    path = root / f'reports/recall_{part.split}.csv'
+    path = root / f'reports/recall_{part.split}.csv'  # of Step 6, the worst keyframes first
     recall = pd.read_csv(path) if path.exists() else pd.DataFrame()
-    recall = recall.reindex(columns=RECALL).dropna()  # an older one has other columns
+    recall = recall.reindex(columns=RECALL).dropna()  # none of an older one with other columns
     if len(recall):
         content += recall_html(recall)
     if reasons := count_reasons(root / 'reports', part.split):

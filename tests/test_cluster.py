@@ -184,6 +184,7 @@ def test_a_result_that_is_lost_costs_itself_only(job, tmp_path, monkeypatch):
     with cluster(tmp_path, 1) as (option, _):
         monkeypatch.setattr(distributed.Client, 'get_executor', lambda *_, **__: executor)
         done = here(*job.command('cut', tmp_path / 'root', option)[1:])
+        distributed.default_client().close()  # or it would look for its scheduler later
     assert f'{VIDEOS} of {VIDEOS + 2} annotated keyframes' in done.stdout
     rows = read_report(tmp_path / 'root', 'cut_kinetics_train')
     assert [row[0] for row in rows] == ['00000000003', '00000000008']
@@ -208,9 +209,13 @@ def test_a_scheduler_that_goes_away_ends_the_run_with_a_line(job, tmp_path):
 
 
 @pytest.mark.parametrize('step,address', [('cut', 'tcp://127.0.0.1:1'), ('extract', 'nonsense')])
-def test_an_address_without_a_cluster_is_told(job, tmp_path, step, address):
+def test_an_address_without_a_cluster_is_told(job, tmp_path, monkeypatch, step, address):
+    """After a second here, in place of ten."""
+    client = distributed.Client
+    monkeypatch.setattr(distributed, 'Client', lambda address, timeout: client(address, timeout=1))
+    monkeypatch.setattr(logging, 'disable', lambda: None)  # it would hold for the next tests
     root = shutil.copytree(job.before(step), tmp_path / 'root')
-    done = run(*job.command(step, root, f'--dask_scheduler={address}')[1:], code=1)
+    done = here(*job.command(step, root, f'--dask_scheduler={address}')[1:], code=1)
     assert 'no Dask scheduler with workers' in errors(done)
 
 
