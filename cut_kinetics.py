@@ -550,7 +550,7 @@ def encode(frames: Iterator[av.VideoFrame], short_side: int | None) -> bytes:
     content = io.BytesIO()
     with av.open(content, 'w', format='mp4') as clip:
         for index, frame in enumerate(frames):
-            if index == 0:  # of the first frame only: side_data makes a frame refer to itself
+            if index == 0:  # of the first frame only, which side_data makes refer to itself
                 matrix = frame.side_data.get('DISPLAYMATRIX')
             frame = prepare_frame(turn_upright(frame, matrix), short_side)
             if index == 0:
@@ -621,6 +621,8 @@ def cut_clip(job: Job, options: Options) -> Outcome:
     except (av.FFmpegError, OSError, ValueError) as error:  # ValueError: an undecodable name
         reason = (getattr(error, 'log', None) or [error])[-1]  # FFmpeg's last message
         return Outcome('failed', f'unreadable video: {reason}'.strip())
+    finally:
+        gc.collect(1)  # the first frame, which would keep the buffers of its decoder
     part = options.scratch / f'{uuid.uuid4().hex}.mp4'
     part.write_bytes(encoded)
     os.replace(part, target)

@@ -341,7 +341,7 @@ def test_frames_are_turned_as_ffmpeg_turns_them(tmp_path, name, off):
 
 
 def test_frames_are_freed_at_once(world, monkeypatch):
-    """None waits for the garbage collector, which would let 300 of a source pile up."""
+    """None waits until Python's garbage collector gets its turn: a worker would grow and grow."""
     make(world, {'a/aaaaaaaaaaa_000000_000010.mp4': {}}, annotation_rows('aaaaaaaaaaa', 5))
     monkeypatch.setattr(gc, 'enable', lambda: None)  # Step 3 turns it on after its planning
     gc.collect()
@@ -351,7 +351,7 @@ def test_frames_are_freed_at_once(world, monkeypatch):
     finally:
         monkeypatch.undo()
         gc.enable()
-    assert len(found) < 10
+    assert not found
 
 
 def test_frames_whose_times_run_backwards_are_reported(world):
