@@ -57,7 +57,7 @@ def errors(done: subprocess.CompletedProcess) -> str:
 def here(script, *arguments, code=0, cwd='.') -> subprocess.CompletedProcess:
     """Do what `run` does in this process, which saves 1 to 6 s of imports.
 
-    Steps 3 and 4 do without other processes, too, unless `--num_workers` is given.
+    Steps 3 and 4 have one worker, which is this process, too, unless `--num_workers` is given.
     """
     if script in ('cut_kinetics.py', 'extract_rgb_frames.py'):
         arguments = ('--num_workers=1', *arguments)
@@ -74,6 +74,7 @@ def here(script, *arguments, code=0, cwd='.') -> subprocess.CompletedProcess:
         stream.seek(0)
         texts.append(stream.read())
     done = subprocess.CompletedProcess([script, *arguments], returned, *texts)
+    assert 'Traceback' not in done.stdout + done.stderr, done.stderr
     assert done.returncode == code, f'{done.returncode}\n{done.stdout}\n{done.stderr}'
     return done
 

@@ -111,7 +111,7 @@ def shuffled(data: bytes) -> bytes:
 UNREADABLE, SHORT, DAMAGED = 'unreadable video: ', 'source too short: ', 'damaged video: '
 # name -> (see `made`, how the reason starts; None where it is to be cut)
 VIDEOS = {
-    'good': (bytes, None),
+    'good': (lambda data: data, None),
     'empty': (b'', UNREADABLE),
     'one byte': (b'\0', UNREADABLE),
     'text': (b'this is no video\n' * 1000, UNREADABLE),

@@ -4,7 +4,8 @@ Python imports this file when it starts and PYTHONPATH names its folder. HOLD_AT
 expression for one of Python's audit events and what it is about: `os.rename .*/kinetics_train.csv`
 is a file about to get this name, `write .*` one about to be opened for writing. The process writes
 what it came to into a file in HOLD_NOTES that is called by its number. Then it waits until
-HOLD_NOTES/go is there, or with HOLD_HOW=kill kills itself. Workers inherit all of it.
+HOLD_NOTES/go is there, or with HOLD_HOW=kill kills itself, or with HOLD_HOW=note goes on. Workers
+inherit all of it.
 """
 
 import os
@@ -35,7 +36,7 @@ def hold(event: str, arguments: tuple) -> None:
     os.close(note)
     if HOW == 'kill':
         os.kill(os.getpid(), signal.SIGKILL)
-    while not os.path.exists(f'{NOTES}/go'):
+    while HOW == 'hold' and not os.path.exists(f'{NOTES}/go'):
         time.sleep(0.01)
 
 
