@@ -420,7 +420,7 @@ def find_stream(video: av.container.InputContainer, expected: int) -> av.VideoSt
     if not isinstance(stream, av.VideoStream) or not stream.codec_context:
         raise SourceError('unreadable video: it holds no frames that can be decoded')
     stream.thread_type = 'NONE'  # one thread per process is faster
-    stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}  # av.open's serve probing only
+    stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}  # av.open's are for probing
     duration = measure_duration(video, stream, expected + MAX_EXTRA_S)
     if duration > expected + MAX_EXTRA_S:
         reason = f'its name says {expected} s, its video lasts {duration:.1f} s'
@@ -500,16 +500,16 @@ def resample(frames: Iterator[TimedFrame], start: int, end: int) -> Iterator[av.
         while after.time <= target:
             before, after = after, next(frames, TimedFrame(math.inf))
         # 0.001 s, since Matroska rounds times to milliseconds
-        nearest = before if target - before.time <= after.time - target + 0.001 else after
-        if nearest.frame is None or abs(nearest.time - target) > MAX_OFFSET_S:
+        chosen = before if target - before.time <= after.time - target + 0.001 else after
+        if chosen.frame is None or abs(chosen.time - target) > MAX_OFFSET_S:
             if after.frame is None:
                 missing = end - before.time - 1 / FPS
                 raise SourceError(f'source too short: it ends {missing:.1f} s before the clip does')
             gap = f'between {max(0, before.time):.1f} and {after.time:.1f} s'
             raise SourceError(f'damaged video: no frame {gap}')
-        if nearest.error:
-            raise SourceError(f'damaged video: {nearest.error}')
-        yield nearest.frame
+        if chosen.error:
+            raise SourceError(f'damaged video: {chosen.error}')
+        yield chosen.frame
 
 
 def turn_upright(frame: av.VideoFrame, matrix: Any) -> av.VideoFrame:
@@ -550,7 +550,7 @@ def encode(frames: Iterator[av.VideoFrame], short_side: int | None) -> bytes:
     content = io.BytesIO()
     with av.open(content, 'w', format='mp4') as clip:
         for index, frame in enumerate(frames):
-            if index == 0:  # of the first frame only, which side_data makes refer to itself
+            if index == 0:  # only once: reading side_data makes a frame refer to itself
                 matrix = frame.side_data.get('DISPLAYMATRIX')
             frame = prepare_frame(turn_upright(frame, matrix), short_side)
             if index == 0:
@@ -622,7 +622,7 @@ def cut_clip(job: Job, options: Options) -> Outcome:
         reason = (getattr(error, 'log', None) or [error])[-1]  # FFmpeg's last message
         return Outcome('failed', f'unreadable video: {reason}'.strip())
     finally:
-        gc.collect(1)  # the first frame, which would keep the buffers of its decoder
+        gc.collect(1)  # frees the first frame, and the decoder's buffers with it
     part = options.scratch / f'{uuid.uuid4().hex}.mp4'
     part.write_bytes(encoded)
     os.replace(part, target)
@@ -767,7 +767,7 @@ class ArchiveReader:
             clips = set()
             try:
                 file, version = open_archive(archive)
-                key = f'{Path(archive).name} {version} {digest}'  # also where it was moved
+                key = f'{Path(archive).name} {version} {digest}'  # no folder: it may be moved
                 if self.is_done(key):
                     continue
                 for job in read_members(file, plan):

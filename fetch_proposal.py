@@ -575,8 +575,9 @@ def boxes_agree(first: np.ndarray, second: np.ndarray) -> bool:
 def start_detector(options: Options) -> Detector:
     """Start the detector on the device of this process.
 
-    Raises DetectorError if a GPU, as it will be used, and the CPU, in float32, disagree on the
-    first frames. Frames that cannot be read say nothing.
+    Raises DetectorError if the GPU finds other people on the first frames than the CPU does. The
+    GPU runs as it will later, with --amp or without; the CPU computes in float32. Frames that
+    cannot be read are left out.
     """
     model, pipeline = build_model(options.config)
     load_weights(model, options.checkpoint)

@@ -208,7 +208,7 @@ def merge(kinetics: Files, ava: Files, merged: Files, reports: Path, split: str,
 
     # back up AVA's own files if they are about to be replaced
     for path in own:
-        if path in merged:  # neither a backup nor of the validation split
+        if path in merged:  # a backup is not, nor are files of the validation split
             write_if_changed(backup_path(path), path.read_bytes())
 
     # write the merged files, and the record by which Step 7b recognizes them

@@ -183,8 +183,8 @@ def find_clips(root: Path, video_ids: set[str]) -> list[Clip]:
 def check_frames(folder: Path, numbers: Iterable[int], since: float | None) -> str:
     """Return why these raw frames of a folder cannot be used, or an empty string.
 
-    Missing and empty frames are errors. For a clip, so are frames with other numbers and frames
-    older than `since`, in seconds; for a movie of AVA, `since` is None.
+    Missing and empty frames are errors. So are frames with other numbers and frames older than
+    `since`, a time in seconds, unless that is None, as it is for AVA's movies.
     """
     entries = os.scandir(folder)
     files = {entry.name: entry.stat() for entry in entries if entry.name.startswith('img_')}
@@ -216,9 +216,9 @@ def check_clip(clip: Clip, root: Path) -> State:
     """Check a clip's raw frames or, if they cannot be used, its video."""
     video = root / f'videos/{clip.name}.mp4'
     exists = video.exists()
-    since = video.stat().st_mtime if exists else 0  # without a video, any age will do
     numbers = range(1, clip.num_frames + 1)
     try:
+        since = video.stat().st_mtime if exists else 0  # without a video, any age will do
         error = check_frames(root / 'rawframes' / clip.name, numbers, since)
     except OSError as failure:
         error = f'unreadable frames: {failure.strerror}'

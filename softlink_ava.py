@@ -122,7 +122,7 @@ class Problem(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A list of annotations with its proposals; `split` is that of Kinetics, '' if AVA is alone."""
+    """A list of annotations with its proposals; `split` is Kinetics' split, '' for AVA alone."""
 
     title: str
     split: str
@@ -226,8 +226,8 @@ def command(script: str, root: Path) -> str:
 def check_frames(folder: Path, numbers: Iterable[int], since: float | None) -> str:
     """Return why these raw frames of a folder cannot be used, or an empty string.
 
-    Missing and empty frames are errors. For a clip, so are frames with other numbers and frames
-    older than `since`, in seconds; for a movie of AVA, `since` is None.
+    Missing and empty frames are errors. So are frames with other numbers and frames older than
+    `since`, a time in seconds, unless that is None, as it is for AVA's movies.
     """
     entries = os.scandir(folder)
     files = {entry.name: entry.stat() for entry in entries if entry.name.startswith('img_')}
@@ -252,7 +252,9 @@ def check_folder(folder: Path, numbers: Iterable[int], since: float | None) -> s
 
 def window(timestamp: int) -> range:
     """Return the frames of an AVA movie that training can ask for around a keyframe."""
-    keyframe = (timestamp - AVA_START_S) * FPS  # where MMAction2 centers, one image early
+    keyframe = (
+        timestamp - AVA_START_S
+    ) * FPS  # MMAction2's center; the keyframe's image is the next
     last = (AVA_END_S - AVA_START_S) * FPS
     return range(max(1, keyframe - FRAMES_BEFORE), min(last, keyframe + FRAMES_AFTER) + 1)
 
@@ -295,7 +297,7 @@ def clips_of(table: pd.DataFrame) -> list[Clip]:
 
 
 def reads_frames(clips: list[Clip], folders: set[str]) -> bool:
-    """Return whether the clips of a list are to be read as frames: all, if one has a folder.
+    """Return whether to read the clips of a list as frames: all of them, if any has a folder.
 
     MMAction2 reads a list either as frames or as videos; a folder shows that Step 4 was run.
     """
@@ -648,7 +650,7 @@ def part_html(loaded: Loaded, root: Path) -> str:
     content = f'<h2>{part.title}</h2>' + numbers_html(table, boxes, keyframes)
     path = root / f'reports/recall_{part.split}.csv'  # of Step 6, the worst keyframes first
     recall = pd.read_csv(path) if path.exists() else pd.DataFrame()
-    recall = recall.reindex(columns=RECALL).dropna()  # none of an older one with other columns
+    recall = recall.reindex(columns=RECALL).dropna()  # an older report has other columns
     if len(recall):
         content += recall_html(recall)
     if reasons := count_reasons(root / 'reports', part.split):
